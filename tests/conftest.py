@@ -1,0 +1,29 @@
+"""Golden numbers: the folder in SEGADAPT_REFERENCE, or the copies beside the tests."""
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def reference_dir() -> Path:
+    return Path(os.environ.get("SEGADAPT_REFERENCE") or Path(__file__).parent / "reference")
+
+
+def load_reference(name: str):
+    """(scalars and key lists, arrays) of one pair of golden files."""
+    return json.loads((reference_dir() / f"{name}.json").read_text()), np.load(reference_dir() / f"{name}.npz")
+
+
+def fill(keys, seed: int, prefix: str = "") -> dict:
+    """The reference's deterministic float64 weights (reference/weights.py) for a list of [key, shape]."""
+    sys.path.insert(0, str(reference_dir()))
+    try:
+        import weights
+    finally:
+        sys.path.pop(0)
+    return weights.fill_state_dict(keys, seed, as_torch=True, prefix=prefix)
