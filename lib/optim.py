@@ -1,0 +1,87 @@
+"""The optimisers that made the published numbers of AdaptSegNet and its descendants, and the schedule they share.
+
+The release collected the backbone's parameters by walking nested modules, so a convolution stands in the list once per
+enclosing module: conv1 once, block convolutions three times, down-sampling ones four times. PyTorch up to 0.4 applied
+every occurrence in turn; newer versions do something else. ReleasedSGD performs those sequential updates.
+"""
+from __future__ import annotations
+
+
+import torch
+from torch import nn
+
+from lib.models.deeplab import DeeplabVGG, named_groups
+
+
+class ReleasedSGD(torch.optim.Optimizer):
+    """SGD in which a parameter of a group with ``repeats`` m is updated m times in a row from one gradient:
+
+        g <- g + weight_decay * p;  buf <- momentum * buf + g;  p <- p - lr * buf        (buf starts at 0)
+
+    where g is changed in place, so each repetition adds the weight decay once more. No Nesterov, no dampening.
+    With ``repeats`` 1 this is torch.optim.SGD.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, repeats=1))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            grads = [p.grad.clone() for p in params]
+            for _ in range(group["repeats"]):
+                torch._foreach_add_(grads, params, alpha=group["weight_decay"])
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, grads)
+                torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+
+class ReleasedAdam(torch.optim.Adam):
+    """Adam of PyTorch 0.4, which added eps before the bias correction of the second moment.
+
+    sqrt(v) + eps, corrected afterwards, is today's form with eps / sqrt(1 - beta2^t).
+    """
+
+    def step(self, closure=None):
+        eps = [group["eps"] for group in self.param_groups]
+        for group in self.param_groups:
+            done = next((int(self.state[p]["step"]) for p in group["params"] if p in self.state), 0)
+            group["eps"] /= (1 - group["betas"][1] ** (done + 1)) ** 0.5
+        try:
+            return super().step(closure)
+        finally:
+            for group, value in zip(self.param_groups, eps, strict=True):
+                group["eps"] = value
+
+
+def deeplab_sgd(net: nn.Module, flavour: str, lr: float, momentum: float, weight_decay: float,
+                head_lr_mult: float = 10.0) -> torch.optim.Optimizer:
+    """SGD for a network of lib.models.deeplab, heads at ``head_lr_mult`` times the rate.
+
+    flavour "released": a ResNet's backbone parameter is applied as often as it stands in the released list, which is
+    the number of modules around it (the dots of its name); "once": every parameter once.
+    """
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
+    for name, parameter, in_head in named_groups(net):
+        repeats = 1 if in_head or flavour == "once" or isinstance(net, DeeplabVGG) else name.count(".")
+        groups.setdefault((repeats, head_lr_mult if in_head else 1.0), []).append(parameter)
+    return ReleasedSGD(
+        [dict(params=params, repeats=repeats, lr_mult=mult) for (repeats, mult), params in groups.items()],
+        lr, momentum, weight_decay)
+
+
+def set_poly_lr(optimizer: torch.optim.Optimizer, base: float, iteration: int, num_steps: int, power: float) -> float:
+    """lr = base * (1 - iteration / num_steps)^power (times the group's lr_mult), for ``iteration`` counted from 0."""
+    lr = base * (1 - iteration / num_steps) ** power
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+    return lr
+
+
