@@ -16,6 +16,7 @@ The file serves training, evaluation and scoring; the shipped ones lie beside th
                     instead of ids, "colors": [[r, g, b], ..] may list the label colours of a class (default: its color)
     void, ignore    further label values (or colours) that may occur and train as `ignore` (default 255)
     subsets         {"16": [names]}: named subsets of the classes
+    sizes_may_differ  true: an image and its label may differ in size (some of GTA5's do); both are resized anyway
     maps            {"camvid": {"tree": "building or vegetation", "pole": null}}: the classes of another set as classes
                     of this one; null = ignore. A class that is not listed keeps its name
 
@@ -37,7 +38,7 @@ from lib.errors import UserError
 SHIPPED = Path(__file__).parent
 ENCODINGS = ("ids", "uint16", "rgb")
 REQUIRED = ("name", "root", "images", "labels", "sets", "size", "encoding", "classes")
-OPTIONAL = ("list", "ignore", "void", "subsets", "maps")
+OPTIONAL = ("list", "ignore", "void", "subsets", "maps", "sizes_may_differ")
 LISTED = 8  # file names in a message
 
 
@@ -60,6 +61,7 @@ class Description:
     size: tuple[int, int]  # (width, height)
     subsets: Mapping[str, tuple[str, ...]]
     maps: Mapping[str, Mapping[str, str | None]]
+    sizes_may_differ: bool
 
     def values(self) -> np.ndarray:
         """int64 [K], sorted: every known label value; with "rgb", the position is the colour index of `label_table`."""
@@ -156,11 +158,13 @@ def _parse(entries) -> Description:
         _require(isinstance(mapping, dict), f"'maps': '{key}' must be {{\"its class\": \"class of this set\"}}")
         for theirs, ours in mapping.items():
             _require(ours is None or ours in names, f"'maps': '{key}': '{theirs}' leads to {ours!r}, no class here")
+    sizes_may_differ = entries.get("sizes_may_differ", False)
+    _require(isinstance(sizes_may_differ, bool), "'sizes_may_differ' must be true or false")
     return Description(
         name=entries["name"], root=entries["root"], classes=tuple(names), palette=np.array(palette, np.uint8),
         ignore=ignore, ids=tuple(ids), void=frozenset(void), encoding=encoding, images=entries["images"],
         labels=entries["labels"], list=entries.get("list"), sets={"source": sets["train"], **sets}, size=tuple(size),
-        subsets={k: tuple(v) for k, v in subsets.items()}, maps=maps)
+        subsets={k: tuple(v) for k, v in subsets.items()}, maps=maps, sizes_may_differ=sizes_may_differ)
 
 
 def _require(condition, message: str) -> None:
