@@ -214,7 +214,8 @@ def list_images(d: Description, root: str | Path, set_: str, list_file: str | Pa
         list_file = root / d.list.format(set=set_)
         if not list_file.is_file():
             if "{set}" not in d.images:
-                raise UserError(f"{list_file}: no such list; it names the images of '{set_}' of '{d.name}'")
+                raise UserError(f"{list_file}: no such list; it should name the images of the set '{set_}' "
+                                f"of '{d.name}'")
             list_file = None
     elif list_file is None and "{set}" not in d.images and set_ not in d.sets.values():
         raise UserError(f"'{d.name}' has no set '{set_}' (it has: {', '.join(sorted(set(d.sets.values())))}); "
@@ -331,25 +332,38 @@ def read_label(path: str | Path, d: Description, table: np.ndarray) -> np.ndarra
     label values that the description does not know.
     """
     values = label_values(path, d)
-    label = table.take(values)
-    if label.min() < 0:
-        raise UserError(f"{path}: unknown label values {_unknown(values, table)}; '{d.name}' does not list them")
-    return label.astype(np.uint8)
+    spare = min(set(range(257)) - set(table.tolist()))  # stands for "unknown" in 8 bits; 256 only if nothing is unknown
+    table = np.where(table < 0, spare, table).astype(np.uint8)
+    label = np.frombuffer(bytearray(values).translate(table), np.uint8).reshape(values.shape)  # 3x as fast as table[values]
+    if (label == spare).any():
+        raise UserError(f"{path}: unknown label values {', '.join(map(str, np.unique(values[label == spare])))}; "
+                        f"'{d.name}' does not list them")
+    return label
 
 
 def label_values(path: str | Path, d: Description) -> np.ndarray:
     """uint8 [H, W]: the values of a label file as they stand there (with "rgb": colour indices). Raises UserError."""
-    image = _open(path)
     if d.encoding == "rgb":
-        return _colour_indices(path, image, d)
-    if image.mode == "1":
-        image = image.convert("L")
-    deep = image.mode.startswith("I") or image.mode == "RGB" and image.tile and image.tile[0][3] == "RGB;16B"
-    if image.mode not in ("L", "P") and not (deep and d.encoding == "uint16"):
-        raise UserError(f"{path}: a label of '{d.name}' holds one 8-bit value a pixel, this file is {image.mode}"
-                        + (" (16 bit)" if deep else "") + "; are these colours, or a wrong file?")
-    if not deep:
-        return np.asarray(_load(path, image))
+        return _colour_indices(path, _open(path), d)
+    return _deep_values(path, d) if d.encoding == "uint16" else read_indices(path)
+
+
+def read_indices(path: str | Path) -> np.ndarray:
+    """uint8 [H, W]: the values of an 8-bit label or prediction file; palette indices, never colours. Raises UserError."""
+    return _indices(path, _open(path))
+
+
+def _indices(path, image: Image.Image) -> np.ndarray:
+    if image.mode not in ("L", "P"):
+        raise UserError(f"{path}: one 8-bit class value a pixel is expected, but this file is {image.mode}; "
+                        "does it hold colours, or is it a wrong file?")
+    return np.asarray(_load(path, image))
+
+
+def _deep_values(path, d: Description) -> np.ndarray:
+    image = _open(path)
+    if not image.mode.startswith("I") and not (image.tile and image.tile[0][3] == "RGB;16B"):
+        return _indices(path, image)  # conversions of SYNTHIA to 8 bit
     if image.mode != "RGB":
         values = np.asarray(_load(path, image))
         high = values > 255
@@ -376,10 +390,6 @@ def _colour_indices(path, image: Image.Image, d: Description) -> np.ndarray:
         shown = [_show(int(v), "rgb") for v in np.unique(packed[wrong])[:LISTED]]
         raise UserError(f"{path}: unknown label colours {', '.join(shown)}; '{d.name}' does not list them")
     return index.astype(np.uint8)
-
-
-def _unknown(values: np.ndarray, table: np.ndarray) -> str:
-    return ", ".join(str(v) for v in np.unique(values) if table[v] < 0)
 
 
 def read_image(path: str | Path) -> Image.Image:
