@@ -11,4 +11,8 @@ TORCH_LIBRARY(segadapt, m) {
   m.def("mutual_argmax(Tensor a, Tensor b) -> (Tensor row_index, Tensor row_value, Tensor col_index, Tensor col_value)");
 
   // ---- Class-balanced pseudo-labels (Zou et al., ECCV 2018, ICCV 2019) -----------------------------------------------------
+
+  // argmax_c of the bilinearly upsampled logits [N, C, h, w], C <= 255 -> label [N, H, W] uint8, size = (H, W). Any floating
+  // dtype (half and bfloat16 are interpolated in float32). Deterministic; ties go to the lowest class.
+  m.def("upsample_argmax(Tensor logits, SymInt[2] size, bool align_corners) -> Tensor label");
 }

@@ -29,6 +29,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lib.errors import UserError
@@ -223,6 +224,59 @@ def mutual_argmax(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 # ---- pseudo-labels ------------------------------------------------------------------------------------------------------
+
+def upsample_argmax(logits: Tensor, size: tuple[int, int] | None = None, align_corners: bool = True) -> Tensor:
+    """Label map of bilinearly upsampled logits, without writing the upsampled logits.
+
+    logits: [C, h, w] or [N, C, h, w], C <= 255, any floating dtype (half and bfloat16 are interpolated in float32).
+    size: (height, width) of the label map; None keeps the logits' size.
+    Returns uint8 [H, W] or [N, H, W] on the same device, equal to F.interpolate(logits, size, mode="bilinear",
+    align_corners=align_corners).argmax(-3); ties go to the lowest class. The compiled CPU operator interpolates in
+    ATen's own order of operations, so not even the last bit differs; where ATen uses another order (H + W <= 128,
+    channels-last logits, CUDA), a class may win over another one that is equal to within rounding.
+    Raises ValueError for wrong shapes and, where it costs no synchronisation (CPU), for logits that are not finite.
+    """
+    batch, size = _as_batch(logits, size)
+    kernel = _kernel("upsample_argmax", logits.device)
+    label = kernel(batch, size, align_corners) if kernel else _upsample_argmax_reference(batch, size, align_corners)
+    return label if logits.dim() == 4 else label[0]
+
+
+def _upsample_argmax_reference(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    label = torch.empty((len(logits), *size), dtype=torch.uint8, device=logits.device)
+    for n in range(len(logits)):  # one at a time: the upsampled logits are large
+        label[n] = _upsample(logits[n], size, align_corners).argmax(0)
+    return label
+
+
+def _as_batch(logits: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tuple[int, int]]:
+    if logits.dim() not in (3, 4) or not logits.is_floating_point():
+        raise ValueError("logits: expected floating [C, h, w] or [N, C, h, w], "
+                         f"got {logits.dtype} {tuple(logits.shape)}")
+    batch = logits.detach() if logits.dim() == 4 else logits.detach()[None]
+    if not 1 <= batch.shape[1] <= 255:
+        raise ValueError(f"logits: 1 to 255 classes, got {batch.shape[1]}")
+    size = tuple(batch.shape[2:]) if size is None else tuple(size)
+    if len(size) != 2 or min(*size, *batch.shape[2:]) < 1:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} cannot become a map of size {size}")
+    return batch, size
+
+
+def _upsample(image: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """[C, h, w] -> [C, H, W], float32 or float64; ValueError when a CPU tensor is not finite."""
+    image = image if image.dtype == torch.float64 else image.float()
+    if image.device.type == "cpu" and not image.isfinite().all():
+        raise ValueError("logits hold NaN or infinite values")
+    if image.shape[1:] == size:
+        return image
+    return F.interpolate(image[None].contiguous(), size, mode="bilinear", align_corners=align_corners)[0]
+
+
+@_after_load.append
+def _register_pseudo_label() -> None:
+    @torch.library.register_fake("segadapt::upsample_argmax")
+    def _(logits, size, align_corners):
+        return logits.new_empty((logits.shape[0], *size), dtype=torch.uint8)
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
