@@ -55,20 +55,15 @@ def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_classes: int
     joint = joint_histogram(_bytes(truth, "truth"), _bytes(prediction, "prediction"))
     wrong = [v for v in np.flatnonzero(joint.any(1)) if v >= num_classes and v != ignore]
     if wrong:
-        raise UserError(f"the truth holds {_listed(wrong)}, but the classes are 0..{num_classes - 1}, ignore {ignore}")
-    check_prediction(joint, num_classes)
+        raise UserError(f"the truth holds {listed(wrong)}, but the classes are 0..{num_classes - 1}, ignore {ignore}")
+    wrong = np.flatnonzero(joint[:, num_classes:].any(0)) + num_classes
+    if len(wrong):
+        raise UserError(f"the prediction holds {listed(wrong)}, but the classes are 0..{num_classes - 1}")
     confusion = fold_histogram(joint, np.where(np.arange(256) == ignore, -1, np.arange(256)), num_classes)
     if out is None:
         return confusion
     out += confusion
     return out
-
-
-def check_prediction(joint: np.ndarray, num_classes: int) -> None:
-    """Raises UserError when a prediction (the columns of a joint histogram) holds anything but 0..C-1."""
-    wrong = np.flatnonzero(joint[:, num_classes:].any(0)) + num_classes
-    if len(wrong):
-        raise UserError(f"the prediction holds {_listed(wrong)}, but the classes are 0..{num_classes - 1}")
 
 
 def _bytes(values: np.ndarray, what: str) -> np.ndarray:
@@ -82,7 +77,8 @@ def _size(a: np.ndarray) -> str:
     return " x ".join(str(n) for n in a.shape[::-1])
 
 
-def _listed(values: Sequence[int]) -> str:
+def listed(values: Sequence[int]) -> str:
+    """The first values of a list for a message: "7, 9, ..."."""
     return ", ".join(str(v) for v in values[:8]) + (", ..." if len(values) > 8 else "")
 
 

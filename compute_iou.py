@@ -1,0 +1,261 @@
+"""Scores saved predictions against ground truth: IoU per class and mean.
+
+    python compute_iou.py data/Cityscapes/data/gtFine/val result/cityscapes
+    python compute_iou.py data/Cityscapes/data/gtFine/val result/cityscapes --classes 16 --json scores.json
+
+GT_DIR is the data set's root or any folder below it that holds the labels (gtFine, gtFine/val); which of its files
+those are says the data set's description (--data). The prediction for an image lies in PRED_DIR, or there in the
+subfolder of its label, under the image's name as an 8-bit .png of class indices: the places 0..18 of the description's
+list of classes (frankfurt_000000_000294_leftImg8bit.png). *_color.png files are never read.
+
+Every label needs a sound prediction. Missing and broken files, unequal sizes, label values that the description does
+not know and predictions outside the classes are listed, all at once, and nothing is scored (exit code 2). The original
+evaluation skipped some of these and miscounted others.
+
+--classes 13 or 16 (SYNTHIA's), or a list of names, scores those classes the way the field does: pixels whose truth is
+another class are ignored; on the remaining ones the prediction of another class counts as wrong. --devkit_dir reads the
+original release's folder (info.json, label.txt, val.txt) instead of a description.
+
+--workers processes; by default one for every 50 images, as far as there are processors: for a few images starting them
+costs more than it gains. Nothing here imports torch, so that the scores come at once.
+"""
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from lib.datasets.description import (
+    Description,
+    label_table,
+    label_values,
+    load_description,
+    pattern_glob,
+    pattern_regex,
+    read_indices,
+)
+from lib.errors import UserError
+from lib.metrics import fold_histogram, iou_dict, iou_table, joint_histogram, listed, mean_iou, per_class_iou, restrict
+
+LISTED = 10  # problems shown of each kind
+Pair = tuple[Path, Path]  # label, prediction
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gt_dir", type=Path, metavar="GT_DIR", help="folder of the ground truth")
+    parser.add_argument("pred_dir", type=Path, metavar="PRED_DIR", help="folder of the predictions")
+    parser.add_argument("--data", default="cityscapes", help="data set: shipped name or .json (default %(default)s)")
+    parser.add_argument("--set", help="the set to score where GT_DIR holds several (default: the data set's 'val')")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="score only the images of this list, one a line")
+    parser.add_argument("--devkit_dir", type=Path, metavar="DIR", help="folder with info.json, label.txt and val.txt")
+    parser.add_argument("--classes", help="13, 16 or another subset of the data set, or class names with commas")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and confusion matrix there")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for every 50 images)")
+    args = parser.parse_args(argv)
+    if args.devkit_dir and (args.set or args.list or args.data != parser.get_default("data")):
+        parser.error("--devkit_dir takes the place of --data, --set and --list: give one or the other")
+    if args.workers is not None and args.workers < 1:
+        parser.error("--workers must be 1 or more")
+    return args
+
+
+def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, list_file: Path | None) -> list[Pair]:
+    """(label, prediction) for every label of the set below `gt_dir`, sorted; the predictions need not exist.
+
+    Raises UserError for missing folders, no labels, a list that does not fit, labels that would share a prediction.
+    """
+    for folder in (gt_dir, pred_dir):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    if d.labels is None:
+        raise UserError(f"'{d.name}' has no labels to score against")
+    wanted, parts = set_ or d.sets["val"], PurePath(d.labels).parts
+    for depth in range(len(parts)):  # of gt_dir below the root of the data set
+        tail = "/".join(parts[depth:])
+        labels = sorted(gt_dir.glob(pattern_glob(tail, wanted)))
+        if labels:
+            break
+    else:
+        raise UserError(f"{gt_dir}: no label of the set '{wanted}' of '{d.name}' (looked for {d.labels} and for its "
+                        "last parts); choose the data with --data and --set")
+    if list_file is None and d.list:
+        root = [gt_dir.absolute(), *gt_dir.absolute().parents][depth]
+        list_file = root / d.list.format(set=wanted)
+        list_file = list_file if list_file.is_file() else None
+    if set_ and "{set}" not in tail and not (list_file and d.list):
+        raise UserError(f"{gt_dir}: --set {set_} has no meaning here, since the folder does not tell sets apart")
+
+    names, by_name = {}, defaultdict(list)
+    for label in labels:
+        fields = pattern_regex(tail).fullmatch(label.relative_to(gt_dir).as_posix()).groupdict()
+        try:
+            names[label] = PurePath(PurePath(d.images).name.format(**{"set": wanted, **fields})).with_suffix(".png").name
+        except KeyError as e:
+            raise UserError(f"{gt_dir}: give a folder further up, its name is part of the images' names: {e}") from None
+        by_name[names[label]].append(label)
+    if list_file is not None:
+        labels = _listed(list_file, by_name, gt_dir)
+    pairs = [(label, _prediction(pred_dir, label.relative_to(gt_dir).parent, names[label])) for label in labels]
+    claims = defaultdict(list)
+    for label, prediction in pairs:
+        claims[prediction].append(label)
+    for prediction, shared in claims.items():
+        if len(shared) > 1:
+            raise UserError(f"{prediction} would be the prediction for {shared[0]} and {shared[1]}; "
+                            "keep the predictions in the subfolders of their labels")
+    return pairs
+
+
+def _listed(list_file: Path, by_name: Mapping[str, list[Path]], gt_dir: Path) -> list[Path]:
+    lines = _lines(list_file)
+    found = [by_name.get(PurePath(line).with_suffix(".png").name, []) for line in lines]
+    wrong = [line for line, labels in zip(lines, found, strict=True) if len(labels) != 1]
+    if wrong or not lines:
+        raise UserError(f"{list_file}: {len(wrong)} of {len(lines)} images have no label, or several, in {gt_dir}: "
+                        + ", ".join(wrong[:LISTED]) + (", ..." if len(wrong) > LISTED else ""))
+    return [labels[0] for labels in found]
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
+
+
+def _prediction(pred_dir: Path, subfolder: PurePath, name: str) -> Path:
+    places = [pred_dir.joinpath(*subfolder.parts[i:], name) for i in range(len(subfolder.parts))]
+    return next((place for place in places if place.is_file()), pred_dir / name)
+
+
+def read_devkit(devkit: Path, gt_dir: Path, pred_dir: Path) -> tuple[tuple[str, ...], np.ndarray, list[Pair]]:
+    """(class names, int16 [256] label value -> class, pairs) of the original release's folder."""
+    try:
+        info = json.loads(_text(devkit / "info.json"))
+        names = tuple(map(str, info["label"]))
+        mapping = {int(value): int(index) for value, index in info["label2train"]}
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{devkit / 'info.json'}: must hold 'label' and 'label2train': {e!r}") from None
+    labels, images = _lines(devkit / "label.txt"), _lines(devkit / "val.txt")
+    if len(labels) != len(images) or not labels:
+        raise UserError(f"{devkit}: label.txt has {len(labels)} lines and val.txt {len(images)}; they must pair")
+    table = np.array([mapping.get(value, 255 if value == 255 else -1) for value in range(256)], np.int16)
+    return names, table, [(gt_dir / a, pred_dir / PurePath(b).name) for a, b in zip(labels, images, strict=True)]
+
+
+def choose_classes(text: str | None, names: Sequence[str], subsets: Mapping[str, Sequence[str]]) -> list[int]:
+    """The places in `names` of the classes that `--classes` asks for; all without it. Raises UserError."""
+    if text is None or text == str(len(names)):
+        return list(range(len(names)))
+    chosen = subsets.get(text) or [name.strip() for name in text.split(",")]
+    unknown = [name for name in chosen if name not in names]
+    if unknown or len(set(chosen)) < len(chosen):
+        raise UserError(f"--classes {text}: {', '.join(unknown) or 'a class given twice'}; the choice is "
+                        f"{', '.join([*subsets, str(len(names))])}, or names out of {', '.join(names)}")
+    return [names.index(name) for name in chosen]
+
+
+def score_pair(pair: Pair, read: Callable[[Path], np.ndarray], table: np.ndarray, num_classes: int
+               ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
+    """(confusion matrix int64 [C, C], []) of one pair, or (None, its problems as (kind, text))."""
+    label, prediction = pair
+    if not prediction.is_file():
+        return None, [("missing predictions", str(prediction))]
+    try:
+        truth, guess = read(label), read_indices(prediction)
+    except UserError as e:
+        return None, [("files that cannot be used", str(e))]
+    if truth.shape != guess.shape:
+        sizes = " and ".join(f"{w} x {h}" for h, w in (guess.shape, truth.shape))
+        return None, [("predictions of another size than their label", f"{prediction}: {sizes}")]
+    joint = joint_histogram(truth, guess)
+    unknown = np.flatnonzero(joint.any(1) & (table < 0))
+    beyond = np.flatnonzero(joint.any(0)[num_classes:]) + num_classes
+    problems = []
+    if len(unknown):
+        problems.append(("labels with values that the data set does not list", f"{label}: {listed(unknown)}"))
+    if len(beyond):
+        problems.append((f"predictions outside 0..{num_classes - 1}", f"{prediction}: {listed(beyond)}"))
+    return (None if problems else fold_histogram(joint, table, num_classes)), problems
+
+
+def score(pairs: Sequence[Pair], read: Callable[[Path], np.ndarray], table: np.ndarray, num_classes: int,
+          workers: int | None = None) -> np.ndarray:
+    """int64 [C, C]: the confusion matrix of all pairs. Raises one UserError that lists every problem found."""
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, min(cores, len(pairs) // 50))
+    task = partial(score_pair, read=read, table=table, num_classes=num_classes)
+    if workers == 1:
+        return _sum(map(task, pairs), len(pairs), num_classes)
+    from concurrent.futures import ProcessPoolExecutor  # here, since a small run need not wait for it
+    with ProcessPoolExecutor(workers) as pool:
+        return _sum(pool.map(task, pairs, chunksize=4), len(pairs), num_classes)
+
+
+def _sum(results: Iterable[tuple[np.ndarray | None, list]], total: int, num_classes: int) -> np.ndarray:
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # likewise
+        results = tqdm(results, total=total, unit=" images", leave=False)
+    confusion, problems = np.zeros((num_classes, num_classes), np.int64), defaultdict(list)
+    for counts, found in results:
+        if counts is not None:
+            confusion += counts
+        for kind, text in found:
+            problems[kind].append(text)
+    if problems:
+        lines = [f"nothing was scored: {sum(map(len, problems.values()))} problems in {total} images"]
+        for kind, texts in problems.items():
+            more = [f"... and {len(texts) - LISTED} more"] * (len(texts) > LISTED)
+            lines += [f"{len(texts)} {kind}:", *(f"  {text}" for text in texts[:LISTED] + more)]
+        raise UserError("\n".join(lines))
+    return confusion
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder")
+    if args.devkit_dir:
+        data, read, subsets = str(args.devkit_dir), read_indices, {}
+        names, table, pairs = read_devkit(args.devkit_dir, args.gt_dir, args.pred_dir)
+    else:
+        d = load_description(args.data)
+        data, read, subsets = d.name, partial(label_values, d=d), d.subsets
+        names, table = d.classes, label_table(d, d.classes)
+        pairs = find_pairs(d, args.gt_dir, args.pred_dir, args.set, args.list)
+    keep = choose_classes(args.classes, names, subsets)
+    confusion = restrict(score(pairs, read, table, len(names), args.workers), keep)
+    scored = [names[c] for c in keep]
+
+    print("Num classes", len(scored))
+    for name, iou in zip(scored, per_class_iou(confusion), strict=True):
+        print(f"===>{name}:\t{round(iou * 100, 2)}")
+    print(f"===> mIoU: {round(mean_iou(confusion) * 100, 2)}\n")
+    print(iou_table(scored, {"IoU": confusion}))
+    print(f"{len(pairs)} images")
+    if args.json:
+        result = {"data": data, "ground_truth": str(args.gt_dir), "predictions": str(args.pred_dir),
+                  "images": len(pairs), **iou_dict(scored, confusion),
+                  "confusion_columns": scored + [name for name in names if name not in scored]}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        print(f"compute_iou.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
