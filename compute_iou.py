@@ -91,11 +91,11 @@ def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, l
     if set_ and "{set}" not in tail and not (list_file and d.list):
         raise UserError(f"{gt_dir}: --set {set_} has no meaning here, since the folder does not tell sets apart")
 
-    names, by_name = {}, defaultdict(list)
+    pattern, names, by_name = PurePath(d.images).name, {}, defaultdict(list)
     for label in labels:
         fields = pattern_regex(tail).fullmatch(label.relative_to(gt_dir).as_posix()).groupdict()
         try:
-            names[label] = PurePath(PurePath(d.images).name.format(**{"set": wanted, **fields})).with_suffix(".png").name
+            names[label] = PurePath(pattern.format(**{"set": wanted, **fields})).with_suffix(".png").name
         except KeyError as e:
             raise UserError(f"{gt_dir}: give a folder further up, its name is part of the images' names: {e}") from None
         by_name[names[label]].append(label)
