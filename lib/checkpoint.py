@@ -1,0 +1,186 @@
+"""Reading weights of every dialect safely, writing files atomically, resuming runs.
+
+A weight file is a plain state dict, as the release wrote it, so that any other script can load it. What the network needs to be
+used again (pixel convention, class names, architecture) travels as the attribute ``segadapt`` of that dict.
+"""
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib.errors import UserError
+
+CONTAINERS = ("state_dict", "model_state_dict", "weights", "model")
+PREFIXES = ("module.", "_orig_mod.", "Scale.")
+# torchvision counts the pools that DeeplabVGG leaves out: its features.24, 26, 28 are ours 23, 25, 27.
+TORCHVISION_VGG = {f"features.{i}.": f"features.{i - 1}." for i in (24, 26, 28)}
+
+
+def save(value: object, path: Path) -> None:
+    """torch.save to a temporary name beside ``path``, flushed to the disk, then renamed: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(value, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Free some space, or choose another "
+                        "--snapshot-dir; the previous checkpoint is intact") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> object:
+    """torch.load with weights_only=True on the CPU. Raises UserError for a missing, broken or unsafe file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a broken file
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise UserError(f"checkpoint {path} holds Python objects other than tensors and plain containers, which "
+                            "could run code when read: refused. Re-save it as a state dict where it was made") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path} cannot be read ({reason}): is it complete?") from None
+
+
+def save_weights(net: nn.Module, path: Path, meta: Mapping[str, object]) -> None:
+    """Write the state dict of ``net`` with ``meta`` attached."""
+    state = OrderedDict((k, v.detach().cpu()) for k, v in net.state_dict().items())
+    state.segadapt = dict(meta)
+    save(state, path)
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """(state dict under our names, meta) of a weight file in any dialect.
+
+    Understood: plain state dicts; dicts that hold one under state_dict, model_state_dict, weights or model; the prefixes
+    module., Scale. and _orig_mod.; torchvision's ResNet and VGG-16 (recognised by their linear classifier, dropped
+    here; meta then says pixels "imagenet" and, for a ResNet, stride_on "3x3").
+    Raises UserError when the file holds no tensors.
+    """
+    state = load(path)
+    for key in CONTAINERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"checkpoint {path} holds no state dict (looked at the top and under {', '.join(CONTAINERS)})")
+    meta = dict(getattr(state, "segadapt", {}))
+    weights = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            while (prefix := next((p for p in PREFIXES if key.startswith(p)), None)) is not None:
+                key = key[len(prefix):]
+            weights[key] = value
+    if "fc.weight" in weights and "conv1.weight" in weights:
+        meta = {"pixels": "imagenet", "stride_on": "3x3"}
+        weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
+    elif "classifier.6.weight" in weights:
+        meta = {"pixels": "imagenet"}
+        weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
+        for theirs in sorted(TORCHVISION_VGG):
+            for key in [k for k in weights if k.startswith(theirs)]:
+                weights[TORCHVISION_VGG[theirs] + key[len(theirs):]] = weights.pop(key)
+    return weights, meta
+
+
+def imagenet_weights(arch: str) -> tuple[dict[str, Tensor], dict]:
+    """torchvision's ImageNet weights of ``arch`` ("resnet18", "resnet50", "resnet101", "vgg16"), fetched once."""
+    try:
+        from torchvision.models import get_model_weights
+        file = get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True, weights_only=True)
+    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError at import
+        raise UserError(f"--restore-from imagenet: torchvision could not give the weights of {arch} ({error}). Install the "
+                        "torchvision that fits your torch, go online once, or give a downloaded file") from None
+    path = Path(torch.hub.get_dir()) / "segadapt" / f"{arch}_imagenet.pth"
+    save(file, path)
+    return read_weights(path)
+
+
+def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
+    """Model name, depth and class count of a DeepLab state dict, from its keys and shapes.
+
+    Raises UserError when it is none of the networks of lib.models.deeplab.
+    """
+    heads = {"layer6.conv2d_list.0.weight": "DeeplabMulti", "layer5.conv2d_list.0.weight": "Deeplab",
+             "classifier.conv2d_list.0.weight": "DeeplabVGG"}
+    for key, model in heads.items():
+        if key in weights:
+            arch = "vgg16" if model == "DeeplabVGG" else "resnet101" if "layer3.22.conv1.weight" in weights \
+                else "resnet50" if "layer1.0.conv3.weight" in weights else "resnet18"
+            return {"model": model, "arch": arch, "num_classes": weights[key].shape[0]}
+    some = ", ".join(list(weights)[:4])
+    raise UserError(f"no segmentation network is recognised by these keys: {some}, ... (known heads: {', '.join(heads)})")
+
+
+@dataclass
+class LoadReport:
+    """What a weight file gave to a network."""
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)      # in the network, not in the file
+    unused: list[str] = field(default_factory=list)       # in the file, not in the network
+    mismatched: list[str] = field(default_factory=list)   # another shape
+    backbone_share: float = 0.0                           # of the backbone's tensors, counters left out
+
+    def __str__(self) -> str:
+        text = f"{len(self.loaded)} tensors loaded ({100 * self.backbone_share:.1f} % of the backbone)"
+        for what, keys in (("not in the file", self.missing), ("other shape", self.mismatched), ("unused", self.unused)):
+            if keys:
+                modules = list(OrderedDict.fromkeys(k.rpartition(".")[0] for k in keys))
+                text += f"; {what}: {', '.join(modules[:4])}{f', ... ({len(modules)} modules)' * (len(modules) > 4)}"
+        return text
+
+
+def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = True, floor: float = 0.9,
+              source: str = "") -> LoadReport:
+    """Copy what fits into ``net``.
+
+    heads=False leaves the heads (``net.head_names``) as they are. Raises UserError when under ``floor`` of the backbone's
+    tensors match: silently missing initial weights cost users of the release ten points.
+    """
+    own, report = net.state_dict(), LoadReport()
+    head_names = getattr(net, "head_names", ())
+    fitting = {}
+    for key, value in own.items():
+        if key.endswith("num_batches_tracked"):  # absent from files of old PyTorch versions
+            if key in weights:
+                fitting[key] = weights[key]
+            continue
+        if key.split(".")[0] in head_names and not heads:
+            report.missing.append(key)
+        elif key not in weights:
+            report.missing.append(key)
+        elif weights[key].shape != value.shape:
+            report.mismatched.append(key)
+        else:
+            fitting[key] = weights[key]
+            report.loaded.append(key)
+    report.unused = [k for k in weights if k not in own]
+    backbone = [k for k in own if k.split(".")[0] not in head_names and not k.endswith("num_batches_tracked")]
+    report.backbone_share = sum(k in fitting for k in backbone) / max(len(backbone), 1)
+    if report.backbone_share < floor:
+        raise UserError(f"{source or 'the checkpoint'} fits only {100 * report.backbone_share:.1f} % of the backbone "
+                        f"(at least {100 * floor:.0f} % are needed): {report}. Is it of another --model or --arch?")
+    net.load_state_dict(fitting, strict=False)
+    return report
+
+
+def check_same_arguments(saved: Mapping[str, object], now: Mapping[str, object], may_differ: set[str]) -> None:
+    """A resumed run must be the same run. Raises UserError that lists what differs."""
+    differs = [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items()
+               if k not in may_differ and saved.get(k) != v]
+    if differs:
+        raise UserError("--resume: this is another run than the one saved: " + "; ".join(differs)
+                        + ". Give the same flags, or another --snapshot-dir")

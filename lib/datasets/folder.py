@@ -1,0 +1,138 @@
+"""Images and labels on disk as tensors: one data set class, endless seeded iteration, and the checks before a run."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lib.datasets.description import Description, label_path, label_table, list_images, read_image, read_label
+from lib.datasets.transforms import Transform
+from lib.errors import UserError
+
+
+class Sample(NamedTuple):
+    image: object   # float32 [3, H, W]; in a batch [N, 3, H, W]
+    label: object   # int64 [H, W]: class index or ignore
+    name: str       # file name without its ending
+    size: tuple     # (width, height) of the image file
+
+
+class ImageFolder(Dataset):
+    """One set of a described data set.
+
+    classes: the run's class names, out of ``task`` (the description whose names they are; default: this one).
+    labelled=False never opens a label: training on the target must not. Items are addressed by an index, or by
+    (index, draw): the draw's number seeds the augmentation, so any draw can be repeated.
+    """
+
+    def __init__(self, description: Description, root: str | Path, set_: str, classes: Sequence[str],
+                 transform: Transform, *, task: Description | None = None, labelled: bool = True,
+                 list_file: str | Path | None = None, seed: int = 0):
+        self.description, self.root, self.set = description, Path(root), set_
+        self.images = list_images(description, root, set_, list_file)
+        if labelled and description.labels is None:
+            raise UserError(f"the data set {description.name} has no labels, and they are needed here")
+        self.labels = [label_path(description, root, image, set_) for image in self.images] if labelled else None
+        self.table = label_table(description, classes, task)
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index, draw = key if isinstance(key, tuple) else (key, key)
+        image, label = self.read(index)
+        x, y = self.transform(image, label, np.random.default_rng([self.seed, draw]))
+        return Sample(x, y, self.images[index].stem, image.size)
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray | None]:
+        """The image and its label (class indices) at the size of the files. Raises UserError for a broken file."""
+        label = None if self.labels is None else read_label(self.labels[index], self.description, self.table)
+        return read_image(self.images[index]), label
+
+    def truth(self, index: int) -> np.ndarray:
+        """The label (class indices) of one image, at the size of its file."""
+        return read_label(self.labels[index], self.description, self.table)
+
+
+class EndlessSampler(Sampler):
+    """Shuffled passes over ``length`` items without end: (index, draw) with draw counted over all processes.
+
+    Batch number b of ``world`` processes takes draws b * world * batch .. (b + 1) * world * batch - 1, split by rank, so
+    neither the number of workers nor a restart at batch ``start`` nor the split over processes changes the data.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+        self.length, self.batch, self.seed, self.start, self.rank, self.world = length, batch, seed, start, rank, world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = None, None
+        for number in count(self.start):
+            first = (number * self.world + self.rank) * self.batch
+            for draw in range(first, first + self.batch):
+                if draw // self.length != epoch:
+                    epoch = draw // self.length
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+                yield int(order[draw % self.length]), draw
+
+
+def endless(dataset: ImageFolder, batch: int, workers: int, *, seed: int, start: int = 0, rank: int = 0,
+            world: int = 1, pin: bool = False) -> Iterator[Sample]:
+    """Batches without end, from batch number ``start`` on."""
+    sampler = EndlessSampler(len(dataset), batch, seed, start, rank, world)
+    return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin))
+
+
+def check_quickly(dataset: ImageFolder, most: int = 50) -> None:
+    """What can be checked in about a second at every start: that all labels exist, and ``most`` spread pairs in full.
+
+    Raises UserError that lists the problems.
+    """
+    problems = []
+    if dataset.labels is not None:
+        problems += [f"{image}: its label {label} does not exist" for image, label
+                     in zip(dataset.images, dataset.labels, strict=True) if not label.is_file()]
+    if not problems:
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int))
+        problems = list(problems_of(dataset, chosen))
+    raise_problems(problems, dataset)
+
+
+def check_fully(dataset: ImageFolder) -> None:
+    """Decode every image and label of a set (``--check-data``). Raises UserError that lists the problems."""
+    raise_problems(list(problems_of(dataset, range(len(dataset)))), dataset)
+
+
+def problems_of(dataset: ImageFolder, indices: Iterable[int]) -> Iterator[str]:
+    """One line for each pair that cannot be trained or scored on."""
+    for index in indices:
+        try:
+            image, label = dataset.read(int(index))
+        except UserError as error:
+            yield str(error)
+            continue
+        if label is not None and image.size != label.shape[::-1] and not dataset.description.sizes_may_differ:
+            yield (f"{dataset.images[index]} is {image.size[0]}x{image.size[1]}, but its label "
+                   f"{dataset.labels[index]} is {label.shape[1]}x{label.shape[0]}")
+
+
+def raise_problems(problems: Sequence[str], dataset: ImageFolder, most: int = 20) -> None:
+    if problems:
+        more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+        raise UserError("\n  ".join([f"{dataset.description.name} ({dataset.root}, {dataset.set}) has "
+                                     f"{len(problems)} bad file{'s' * (len(problems) > 1)}:",
+                                     *problems[:most], *more]))
+
+
+def check_apart(training: ImageFolder, evaluation: ImageFolder) -> None:
+    """Raises UserError when images are trained and scored on at once."""
+    both = {p.resolve() for p in training.images} & {p.resolve() for p in evaluation.images}
+    if both:
+        raise UserError(f"{len(both)} images stand in both the training set ({training.set}) and the evaluation set "
+                        f"({evaluation.set}) of {evaluation.description.name}, {min(both)} among them: choose other "
+                        "--set / --val-set or lists")

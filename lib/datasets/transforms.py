@@ -1,0 +1,109 @@
+"""Paired transforms of an image and its label. Randomness comes from the caller's generator, so draws can be repeated."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = tuple[Image.Image, np.ndarray | None]  # RGB image, uint8 label [H, W]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A pixel convention: channel order, range, mean and standard deviation."""
+
+    bgr: bool
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+PIXELS = {
+    # the networks converted from Caffe: BGR, 0..255, minus the mean, no division
+    "caffe": Pixels(True, 1.0, (104.00698793, 116.66876762, 122.67891434), (1.0, 1.0, 1.0)),
+    # torchvision's: RGB, 0..1, mean and standard deviation
+    "imagenet": Pixels(False, 1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def to_tensor(image: Image.Image, pixels: str) -> Tensor:
+    """RGB image -> float32 [3, H, W] in the named pixel convention; 0 is the mean colour."""
+    p = PIXELS[pixels]
+    array = np.asarray(image, dtype=np.float32)
+    array = array[..., ::-1] if p.bgr else array
+    array = (array * np.float32(p.scale) - np.asarray(p.mean, np.float32)) / np.asarray(p.std, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def to_image(tensor: Tensor, pixels: str) -> Image.Image:
+    """The inverse of to_tensor, rounded to 8 bits."""
+    p = PIXELS[pixels]
+    array = tensor.detach().cpu().numpy().transpose(1, 2, 0) * np.asarray(p.std) + np.asarray(p.mean)
+    array = (array / p.scale).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array[..., ::-1] if p.bgr else array))
+
+
+def resize(image: Image.Image, label: np.ndarray | None, size: tuple[int, int]) -> Pair:
+    """To (width, height): the image bicubic, the label nearest, both as Pillow does it."""
+    image = image.resize(size, Image.Resampling.BICUBIC) if image.size != size else image
+    if label is not None and label.shape != size[::-1]:
+        label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+    return image, label
+
+
+def mirror(image: Image.Image, label: np.ndarray | None) -> Pair:
+    return ImageOps.mirror(image), None if label is None else label[:, ::-1]
+
+
+def crop_or_pad(image: Tensor, label: Tensor, size: tuple[int, int], corner: tuple[float, float],
+                ignore: int) -> tuple[Tensor, Tensor]:
+    """Cut (width, height) out, or pad with the mean colour and ``ignore`` where the image is smaller.
+
+    image [3, H, W], label [H, W]. ``corner`` (x, y) in 0..1 places the crop between the left/top and the right/bottom end.
+    """
+    (width, height), (h, w) = size, label.shape
+    pad = (0, max(width - w, 0), 0, max(height - h, 0))
+    image, label = F.pad(image, pad), F.pad(label, pad, value=ignore)
+    h, w = label.shape
+    x, y = round(corner[0] * (w - width)), round(corner[1] * (h - height))
+    return image[:, y:y + height, x:x + width], label[y:y + height, x:x + width]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Resize to ``size`` (width, height); optionally scale by 0.5..1.5 (then crop or pad back) and mirror (p = 0.5).
+
+    Called with (image, label or None, generator) it gives (float32 [3, H, W], int64 [H, W]); without a label the
+    second is all ``ignore``.
+    """
+
+    size: tuple[int, int]
+    pixels: str
+    random_scale: bool = False
+    random_mirror: bool = False
+    ignore: int = 255
+
+    def __call__(self, image: Image.Image, label: np.ndarray | None,
+                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        size = self.size
+        if self.random_scale:
+            scale = rng.uniform(0.5, 1.5)
+            size = round(size[0] * scale), round(size[1] * scale)
+        image, label = resize(image, label, size)
+        if self.random_mirror and rng.random() < 0.5:
+            image, label = mirror(image, label)
+        x = to_tensor(image, self.pixels)
+        if label is None:
+            label = np.full((size[1], size[0]), self.ignore, np.uint8)
+        y = torch.from_numpy(label.astype(np.int64))
+        if self.random_scale:
+            x, y = crop_or_pad(x, y, self.size, tuple(rng.random(2)), self.ignore)
+        return x, y
+
+
+Transform = Callable[[Image.Image, "np.ndarray | None", np.random.Generator], tuple[Tensor, Tensor]]

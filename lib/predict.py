@@ -1,0 +1,142 @@
+"""Label maps and scores of a segmentation network, for evaluate.py and for the training scripts' validations."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.data import DataLoader, Dataset
+
+from lib import ops
+from lib.datasets.description import read_image
+from lib.datasets.folder import ImageFolder
+from lib.datasets.transforms import resize, to_tensor
+from lib.errors import UserError
+from lib.metrics import confusion_matrix
+from lib.models.deeplab import logits_of
+from lib.run import Run
+
+
+class Views(NamedTuple):
+    tensors: list[Tensor]   # float32 [3, h, w], one for each scale
+    image: np.ndarray       # uint8 [H, W, 3] as on disk
+    index: int              # in the list of images
+
+
+class ViewSet(Dataset):
+    """The images of a list, resized to ``size`` (width, height) times each of ``scales``; size None keeps their own."""
+
+    def __init__(self, images: Sequence[Path], size: tuple[int, int] | None, pixels: str,
+                 scales: Sequence[float] = (1.0,)):
+        self.images, self.size, self.pixels, self.scales = list(images), size, pixels, scales
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Views:
+        image = read_image(self.images[index])
+        width, height = self.size or image.size
+        tensors = [to_tensor(resize(image, None, (round(width * s), round(height * s)))[0], self.pixels)
+                   for s in self.scales]
+        return Views(tensors, np.asarray(image), index)
+
+
+def fold_bn(net: nn.Module) -> nn.Module:
+    """A copy of ``net`` in eval mode with every BN layer that follows a convolution folded into it.
+
+    Pairs are found by name: conv1/bn1, conv2/bn2, ... within a module, and neighbours in an nn.Sequential.
+    """
+    net = copy.deepcopy(net).eval()
+    for module in list(net.modules()):
+        children = dict(module.named_children())
+        pairs = [(c, c.replace("conv", "bn")) for c in children if c.startswith("conv")]
+        if isinstance(module, nn.Sequential):
+            pairs = list(zip(children, list(children)[1:], strict=False))
+        for conv, bn in pairs:
+            if isinstance(children[conv], nn.Conv2d) and isinstance(children.get(bn), nn.modules.batchnorm._BatchNorm):
+                setattr(module, conv, fuse_conv_bn_eval(children[conv], children[bn]))
+                setattr(module, bn, nn.Identity())
+    return net
+
+
+@torch.no_grad()
+def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int], pixels: str, run: Run,
+                  workers: int = 0) -> nn.Module:
+    """A copy of ``net`` whose BN statistics are the plain averages over the given images (labels play no part).
+
+    Li et al., "Revisiting Batch Normalization for Practical Domain Adaptation" (AdaBN, 2016).
+    """
+    net = copy.deepcopy(net)
+    layers = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not layers:
+        raise UserError("--bn-stats target: this network has no batch normalisation")
+    net.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    for views in DataLoader(ViewSet(images, size, pixels), None, num_workers=workers):
+        with run.autocast():
+            net(views.tensors[0][None].to(run.device))
+    return net.eval()
+
+
+@torch.inference_mode()
+def predict(net: nn.Module, tensors: Sequence[Tensor], size: tuple[int, int], run: Run, *, flip: bool = False,
+            align_corners: bool = True) -> Tensor:
+    """One image's label map, uint8 [height, width] for ``size`` (width, height).
+
+    tensors: the image at one or several scales, [3, h, w] each; logits are averaged over scales and, with ``flip``, over
+    the mirrored images, and up-sampled bilinearly. Ties go to the lowest class.
+    """
+    dtype = next(net.parameters()).dtype
+    logits = []
+    for tensor in tensors:
+        x = tensor[None].to(run.device, dtype, memory_format=torch.channels_last)
+        with run.autocast():
+            scores = logits_of(net(x))
+            if flip:
+                scores = (scores + logits_of(net(x.flip(3))).flip(3)) / 2
+        logits.append(scores.float())
+    size = size[::-1]
+    if len(logits) > 1:
+        total = sum(F.interpolate(x, size, mode="bilinear", align_corners=align_corners) for x in logits)
+        logits = [total]
+    return ops.upsample_argmax(logits[0], size, align_corners=align_corners)[0]
+
+
+def predictions(net: nn.Module, views: ViewSet, run: Run, *, flip: bool = False, align_corners: bool = True,
+                workers: int = 0, share: bool = False) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(index, image uint8 [H, W, 3], label map uint8 [H, W]) of every image, at the size of its file.
+
+    Decoding and resizing run ahead in ``workers`` processes. share=True: only this process's share of the images.
+    """
+    indices = range(run.rank, len(views), run.world) if share else range(len(views))
+    for item in DataLoader(views, None, sampler=indices, num_workers=workers):
+        height, width = item.image.shape[:2]
+        label = predict(net, item.tensors, (width, height), run, flip=flip, align_corners=align_corners)
+        yield int(item.index), np.asarray(item.image), label.cpu().numpy()
+
+
+def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: str, num_classes: int, run: Run, *,
+          align_corners: bool = True, workers: int = 0) -> np.ndarray:
+    """Confusion matrix int64 [C, C] (rows: truth) of ``net`` in eval mode on a labelled set, over all processes.
+
+    size: (width, height) that images are resized to; label maps are scored at the size of the label.
+    """
+    fast = fold_bn(net).to(memory_format=torch.channels_last)
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    for index, _, label in predictions(fast, ViewSet(dataset.images, size, pixels), run, workers=workers,
+                                       align_corners=align_corners, share=True):
+        truth = dataset.truth(index)
+        if truth.shape != label.shape:
+            label = np.asarray(Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST))
+        confusion += confusion_matrix(truth, label, num_classes, dataset.description.ignore)
+    return run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()

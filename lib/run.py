@@ -1,0 +1,242 @@
+"""What every run needs around its loop: device, seeds, processes, precision, signals, progress, logs."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib.errors import UserError
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cli(main: Callable[[list[str] | None], int | None]) -> None:
+    """Call main(); a UserError becomes one message on stderr and exit code 2."""
+    try:
+        code = main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how this process computes; ``world`` processes with ranks 0 .. world - 1 share every batch."""
+
+    device: torch.device
+    rank: int
+    world: int
+    amp: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        dtype = AMP_DTYPES[self.amp]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling for fp16; passes losses through unchanged otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+
+    def sum(self, value: Tensor) -> Tensor:
+        """``value`` added up over all processes (detached)."""
+        value = value.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def average_gradients(self, modules: Iterable[nn.Module]) -> None:
+        """Mean over processes of every gradient, in place."""
+        if self.world == 1:
+            return
+        grads = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
+        flat = torch._utils._flatten_dense_tensors(grads)
+        dist.all_reduce(flat)
+        flat /= self.world
+        for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
+            grad.copy_(mean)
+
+    def any(self, flag: bool) -> bool:
+        """True where any process says so; all processes must call it together."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0) if self.world > 1 else flag
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def say(self, text: str) -> None:
+        """Print on the first process, above a progress bar if there is one."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+def start(*, cpu: bool, gpu: int = 0, amp: str, seed: int, deterministic: bool) -> Run:
+    """Choose the device, join the processes that torchrun started, and seed everything.
+
+    Raises UserError when a GPU number does not exist.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    on_gpu = torch.cuda.is_available() and not cpu
+    index = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else gpu
+    if on_gpu and index >= torch.cuda.device_count():
+        raise UserError(f"GPU {index} was asked for, but this machine shows {torch.cuda.device_count()}: "
+                        "choose another --gpu, fewer processes, or --cpu")
+    device = torch.device("cuda", index) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        # Bilinear up-sampling and 2-d NLL have CUDA kernels without a deterministic twin; those only warn.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = on_gpu and not deterministic
+    return Run(device, rank, world, amp)
+
+
+def header(run: Run, rows: Mapping[str, object]) -> None:
+    """Print what this run is, one line a fact."""
+    facts = {"device": _device_name(run), "precision": {"off": "float32"}.get(run.amp, f"{run.amp} (autocast)"), **rows}
+    width = max(map(len, facts))
+    run.say("\n".join(f"{key:<{width}}  {value}" for key, value in facts.items()))
+
+
+def _device_name(run: Run) -> str:
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else \
+        f"cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return name if run.world == 1 else f"{run.world} processes, each on {name}"
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in GiB: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class StopRequest:
+    """Inside ``with StopRequest() as stop``, SIGINT and SIGTERM set ``stop.signal`` instead of ending the process.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    signal: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Log:
+    """log.jsonl (one JSON object a logging step), optionally TensorBoard, and the progress bar.
+
+    A resumed run drops the lines after ``iteration``, so the file reads as if it had never been interrupted.
+    Off the terminal the bar becomes one printed line per logging step.
+    """
+
+    def __init__(self, run: Run, path: Path, iteration: int, total: int, tensorboard: Path | None = None):
+        self.run, self.path, self.bar, self.writer = run, path, None, None
+        if not run.is_main:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if iteration and path.exists():
+            for line in path.read_text().splitlines(keepends=True):
+                # A killed process can leave a torn last line.
+                if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
+                    kept.append(line)
+        path.write_text("".join(kept))
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") \
+                    from None
+            self.writer = SummaryWriter(tensorboard, purge_step=iteration + 1)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=iteration, unit="it", dynamic_ncols=True, smoothing=0.1)
+        self.total, self.started, self.first = total, time.monotonic(), iteration
+
+    def step(self, n: int = 1) -> None:
+        if self.bar is not None:
+            self.bar.update(n)
+
+    def losses(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Record the scalars of one logging step."""
+        if not self.run.is_main:
+            return
+        self._write(iteration, values)
+        text = " ".join(f"{k} = {v:.3g}" if k.startswith("lr") else f"{k} = {v:.3f}" for k, v in values.items())
+        memory = f"{peak_memory(self.run.device):.1f} GiB"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{text} {memory}")
+        else:
+            seconds = time.monotonic() - self.started
+            speed = (iteration - self.first) / seconds
+            left = (self.total - iteration) / speed if speed > 0 else float("nan")
+            print(f"iter = {iteration:8d}/{self.total:8d}, {text}, {speed:.2f} it/s, {left / 60:.1f} min left, {memory}",
+                  flush=True)
+
+    def scores(self, iteration: int, values: Mapping[str, object]) -> None:
+        """Record an evaluation, or any other event."""
+        if self.run.is_main:
+            self._write(iteration, values)
+
+    def _write(self, iteration: int, values: Mapping[str, object]) -> None:
+        with open(self.path, "a") as f:
+            f.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        if self.writer is not None:
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(key, value, iteration)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def require_finite(losses: Mapping[str, float], iteration: int, files: Iterable[str], last_good: Path | None) -> None:
+    """Stop the run at a loss that is nan or infinite. Raises UserError with the iteration, files and checkpoint."""
+    bad = {k: v for k, v in losses.items() if not np.isfinite(v)}
+    if bad:
+        raise UserError(
+            f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in bad.items())
+            + f" for the images {', '.join(files)}. Last good checkpoint: {last_good or 'none yet'}. "
+            "A lower --learning-rate, or --amp off, are the first things to try.")

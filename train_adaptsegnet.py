@@ -1,0 +1,511 @@
+"""AdaptSegNet: adversarial adaptation of the structured output space.
+
+Tsai, Hung, Schulter, Sohn, Yang, Chandraker: "Learning to Adapt Structured Output Space for Semantic Segmentation",
+CVPR 2018, https://arxiv.org/abs/1802.10349. Results: README.md, section "AdaptSegNet".
+
+    python train_adaptsegnet.py --multi-level --demo                      # a miniature pair, minutes on a laptop
+    python train_adaptsegnet.py --multi-level --restore-from imagenet     # GTA5 in data/GTA5 to Cityscapes in data/Cityscapes/data
+
+A segmentation network G is trained on labelled source images (Eq. 3), while discriminators D_i on its softmax maps, one a
+level i, are trained to tell the domains apart (Eq. 2) and G to make target maps pass for source maps (Eq. 4 and 5).
+
+Where paper and released code differ, this follows the code, which made the published numbers: no Nesterov momentum, no
+up-sampling layer in D, only rates 6 and 12 of the head (--aspp full adds the others), the release's repeated SGD updates
+(--sgd released, see lib/optim.py). It deviates from the code where that could only hurt: --source-only runs no target image
+through the network (the release let them change the BN statistics), the mirror, scale, seed and picture flags act.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib import checkpoint, metrics, ops, predict, visual
+from lib import run as running
+from lib.datasets.demo import render_demo
+from lib.datasets.description import Description, load_description, select_classes
+from lib.datasets.folder import ImageFolder, check_apart, check_fully, check_quickly, endless
+from lib.datasets.transforms import PIXELS, Augment
+from lib.errors import UserError
+from lib.models.deeplab import ARCHITECTURES, MODELS, build, logits_of, set_bn_affine, set_train_mode
+from lib.models.discriminator import FCDiscriminator
+from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
+
+SOURCE, TARGET = 0, 1  # domain labels of the code; the paper writes the reverse
+# Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
+FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", "eval_every", "log_every", "log_dir", "tensorboard",
+                  "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile", "restore_from"}
+# --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
+DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes", arch="resnet18",
+            input_size=(192, 96), input_size_target=(192, 96), snapshot_dir="snapshots/demo", num_steps=600, batch_size=2,
+            learning_rate=2.5e-3, save_pred_every=200, num_workers=0, sgd="once", random_mirror=True)
+
+
+def size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition(",")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"expected width,height such as 1024,512, not {text!r}")
+    return int(width), int(height)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    method = p.add_argument_group("method")
+    method.add_argument("--multi-level", action="store_true", help="two levels: DeeplabMulti and its lambdas")
+    method.add_argument("--source-only", action="store_true", help="no adaptation, no target image in training")
+    method.add_argument("--gan", choices=["Vanilla", "LS"], default="Vanilla", help="cross-entropy or squared error on D's scores")
+    method.add_argument("--adapt", choices=["output", "feature"], default="output", help="what D sees")
+    method.add_argument("--lambda-seg", type=float, help="weight of the auxiliary level's segmentation loss (0.1 multi-level, else 0)")
+    method.add_argument("--lambda-adv-target1", type=float, help="adversarial weight of the auxiliary level (0.0002 multi-level)")
+    method.add_argument("--lambda-adv-target2", type=float, help="adversarial weight of the main level (0.001; 0.01 single-level with LS)")
+    method.add_argument("--demo", action="store_true", help="render a small pair, train source-only and adapted, compare")
+    net = p.add_argument_group("networks")
+    net.add_argument("--model", choices=["DeepLab", *MODELS], default="DeepLab", help="DeepLab: by --multi-level")
+    net.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101")
+    net.add_argument("--aspp", choices=["released", "full"], default="released", help="rates summed: 6, 12 or all four")
+    net.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
+    net.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
+    net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: that of the weights, else caffe)")
+    net.add_argument("--num-classes", type=int, help="a named choice of the target's classes (default: all that the source labels)")
+    net.add_argument("--bn-affine", choices=["auto", "train", "frozen"], default="auto",
+                     help="BN weights and biases; auto: frozen, but trained from random weights")
+    net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=True, help="BN statistics update while training")
+    net.add_argument("--freeze-bn", dest="is_training", action="store_false", help="the same as --no-is-training")
+    data = p.add_argument_group("data")
+    data.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
+    data.add_argument("--target", default="cityscapes", help="likewise")
+    data.add_argument("--data-dir", help="source folder (default: the description's)")
+    data.add_argument("--data-list", help="file with one source image a line")
+    data.add_argument("--source-set", help="set of the source (default: the description's)")
+    data.add_argument("--data-dir-target", help="target folder")
+    data.add_argument("--data-list-target", help="file with one target image a line")
+    data.add_argument("--set", help="set of the target to train on (default: the description's)")
+    data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
+    data.add_argument("--input-size", type=size, help="width,height of source images (default: the description's)")
+    data.add_argument("--input-size-target", type=size, help="width,height of target images")
+    data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
+    data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
+    data.add_argument("--ignore-label", type=int, default=255, help="label value without loss")
+    data.add_argument("--num-workers", type=int, default=4, help="loader processes of each of the two data sets")
+    data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
+    opt = p.add_argument_group("optimisation")
+    opt.add_argument("--batch-size", type=int, default=1, help="pairs a process and backward pass")
+    opt.add_argument("--iter-size", type=int, default=1, help="backward passes a step")
+    opt.add_argument("--learning-rate", type=float, default=2.5e-4, help="of G; heads take 10 times as much")
+    opt.add_argument("--learning-rate-D", dest="learning_rate_D", type=float, default=1e-4)
+    opt.add_argument("--momentum", type=float, default=0.9)
+    opt.add_argument("--weight-decay", type=float, default=5e-4)
+    opt.add_argument("--power", type=float, default=0.9, help="of the polynomial decay")
+    opt.add_argument("--num-steps", type=int, default=250000, help="where the decay would reach 0")
+    opt.add_argument("--num-steps-stop", type=int, help="where training ends (default: 150000, at most --num-steps)")
+    opt.add_argument("--sgd", choices=["released", "once"], default="released", help="released: repeated updates of the backbone")
+    out = p.add_argument_group("run")
+    out.add_argument("--snapshot-dir", default="snapshots/adaptsegnet", help="weights, resume file, log, pictures")
+    out.add_argument("--save-pred-every", type=int, default=5000, help="iterations between snapshots")
+    out.add_argument("--eval-every", type=int, help="iterations between evaluations (default: as snapshots)")
+    out.add_argument("--bn-stats", choices=["running", "target"], default="running", help="target: re-estimate before scoring")
+    out.add_argument("--save-num-images", type=int, default=2, help="pictures at each evaluation")
+    out.add_argument("--log-every", type=int, default=10)
+    out.add_argument("--tensorboard", action="store_true")
+    out.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")
+    out.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
+    out.add_argument("--random-seed", type=int, default=1234)
+    out.add_argument("--deterministic", action="store_true")
+    out.add_argument("--cpu", action="store_true")
+    out.add_argument("--gpu", type=int, default=0, help="number of the GPU of a single process")
+    out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
+    out.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
+    if p.parse_known_args(argv)[0].demo:
+        p.set_defaults(**DEMO)
+    args = p.parse_args(argv)
+    if args.model == "DeepLab":
+        args.model = "DeeplabMulti" if args.multi_level else "Deeplab"
+    args.multi_level = args.model == "DeeplabMulti"
+    single_adv = 0.01 if args.gan == "LS" else 0.001
+    for name, multi, single in (("lambda_seg", 0.1, 0.0), ("lambda_adv_target1", 0.0002, 0.0),
+                                ("lambda_adv_target2", 0.001, single_adv)):
+        if getattr(args, name) is None:
+            setattr(args, name, multi if args.multi_level else single)
+    args.num_steps_stop = args.num_steps_stop or min(150000, args.num_steps)
+    args.eval_every = args.eval_every or args.save_pred_every
+    for name in ("batch_size", "iter_size", "num_steps", "save_pred_every", "log_every", "eval_every"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 1 <= args.num_steps_stop <= args.num_steps:
+        p.error(f"--num-steps-stop must be 1..{args.num_steps} (--num-steps)")
+    if args.adapt == "feature" and args.multi_level:
+        p.error("--adapt feature is the single-level baseline: leave --multi-level out")
+    return args
+
+
+# --- losses: P are logits [N, C, h, w], up-sampled to the size of their image; scores are D's output --------------------------
+
+
+def full(x: Tensor) -> Tensor:
+    """Losses are taken in at least float32, also under autocast."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def upsample(pred: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=True (in training and test): [N, C, h, w] -> [N, C, *size]."""
+    return F.interpolate(full(pred), tuple(size), mode="bilinear", align_corners=True)
+
+
+def loss_seg(pred: Tensor, label: Tensor, ignore: int, valid: Tensor | None = None) -> Tensor:
+    """L_seg, Eq. 3: cross-entropy of [N, C, H, W] with int64 [N, H, W], mean over labelled pixels; 0 where there is none.
+
+    valid: the count to divide by, when other processes hold pixels of the batch too.
+    """
+    total = F.cross_entropy(pred, label, ignore_index=ignore, reduction="sum")
+    return total / ((label != ignore).sum() if valid is None else valid).clamp(min=1e-3)
+
+
+def loss_domain(score: Tensor, domain: int, gan: str) -> Tensor:
+    """-log of the probability that D gives to ``domain`` (Eq. 2 and 4), or for LS the squared error of its raw score."""
+    truth = torch.full_like(score, domain)
+    return F.mse_loss(score, truth) if gan == "LS" else F.binary_cross_entropy_with_logits(score, truth)
+
+
+class Level(NamedTuple):
+    """One output of G with its discriminator and weights."""
+
+    number: int             # 1 auxiliary, 2 main
+    discriminator: nn.Module | None
+    lambda_seg: float
+    lambda_adv: float
+
+
+def outputs(net: nn.Module, x: Tensor, adapt: str, run: running.Run) -> tuple[list[Tensor], list[Tensor]]:
+    """(up-sampled logits of each level, what D sees of each level before the softmax)."""
+    with run.autocast():
+        out = net(x, return_features=adapt == "feature")
+    if adapt == "feature":
+        return [upsample(out[1], x.shape[2:])], [full(out[0])]
+    preds = [upsample(pred, x.shape[2:]) for pred in (out if isinstance(out, tuple) else (out,))]
+    return preds, preds
+
+
+def domain_score(level: Level, seen: Tensor, adapt: str, run: running.Run) -> Tensor:
+    with run.autocast():
+        return full(level.discriminator(F.softmax(seen, dim=1) if adapt == "output" else seen))
+
+
+def adapt_backward(net: nn.Module, levels: Sequence[Level], x_s: Tensor, y_s: Tensor, x_t: Tensor | None, *, gan: str,
+                   adapt: str, iter_size: int, ignore: int, run: running.Run,
+                   scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
+    """Accumulate the gradients of one batch in G and all D_i; x_t None: source only. Returns the losses, without their weights."""
+    losses: dict[str, Tensor] = {}
+    discriminators = [level.discriminator for level in levels if level.discriminator is not None]
+    for d in discriminators:
+        d.requires_grad_(False)
+
+    # G on the source, Eq. 3 at each level (Eq. 5: their weighted sum)
+    preds_s, seen_s = outputs(net, x_s, adapt, run)
+    valid = run.sum((y_s != ignore).sum().to(preds_s[0].dtype)) / run.world
+    total = 0.0
+    for level, pred in zip(levels, preds_s, strict=True):
+        losses[f"loss_seg{level.number}"] = loss = loss_seg(pred, y_s, ignore, valid)
+        total = total + level.lambda_seg * loss
+    scale(total / iter_size).backward()
+    if x_t is None:
+        return losses
+
+    # G on the target, Eq. 4 at each level. A backward pass of its own, so that one graph at a time is held.
+    _, seen_t = outputs(net, x_t, adapt, run)
+    total = 0.0
+    for level, seen in zip(levels, seen_t, strict=True):
+        losses[f"loss_adv{level.number}"] = loss = loss_domain(domain_score(level, seen, adapt, run), SOURCE, gan)
+        total = total + level.lambda_adv * loss
+    scale(total / iter_size).backward()
+
+    # D_i on both domains, Eq. 2; the halves are the code's
+    for level, s, t in zip(levels, seen_s, seen_t, strict=True):
+        level.discriminator.requires_grad_(True)
+        losses[f"loss_D{level.number}"] = 0.0
+        for seen, domain in ((s, SOURCE), (t, TARGET)):
+            loss = loss_domain(domain_score(level, seen.detach(), adapt, run), domain, gan) / 2
+            scale(loss / iter_size).backward()
+            losses[f"loss_D{level.number}"] = losses[f"loss_D{level.number}"] + loss
+    return losses
+
+
+# --- the run -------------------------------------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    source: ImageFolder
+    target: ImageFolder | None
+    validation: ImageFolder | None
+    task: Description
+    classes: tuple[str, ...]
+    size_t: tuple[int, int]
+
+
+def open_data(args: argparse.Namespace, pixels: str, classes: tuple[str, ...] | None = None) -> Data:
+    """All data sets of the run, checked. Raises UserError for whatever would disturb it later."""
+    source, target = load_description(args.source), load_description(args.target)
+    classes = select_classes(target, source, args.num_classes)
+    size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
+    root_s, root_t = args.data_dir or source.root, args.data_dir_target or target.root
+    augment_s = Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label)
+    augment_t = Augment(size_t, pixels, False, args.random_mirror, args.ignore_label)
+    folder_s = ImageFolder(source, root_s, args.source_set or source.sets["source"], classes, augment_s, task=target,
+                           list_file=args.data_list, seed=args.random_seed)
+    folder_t = ImageFolder(target, root_t, args.set or target.sets["train"], classes, augment_t, labelled=False,
+                           list_file=args.data_list_target, seed=args.random_seed + 1)
+    try:
+        validation = ImageFolder(target, root_t, args.val_set or target.sets["val"], classes, augment_t)
+    except UserError:
+        if args.val_set:
+            raise
+        validation = None
+    check = check_fully if args.check_data else check_quickly
+    for folder in (folder_s, folder_t, validation):
+        if folder is not None:
+            check(folder)
+    if validation is not None:
+        check_apart(folder_t, validation)
+    return Data(folder_s, folder_t, validation, target, classes, size_t)
+
+
+class Outcome(NamedTuple):
+    net: nn.Module
+    data: Data
+    confusion: np.ndarray | None  # of the last weights on the validation set
+    pixels: str
+
+
+def train(args: argparse.Namespace) -> Outcome | int:
+    """One run; returns its outcome, or an exit code when it was asked to leave early."""
+    run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed, deterministic=args.deterministic)
+    ops.use(args.ops)
+
+    # initial weights decide the pixel convention and where the stride of a bottleneck stands
+    weights, meta = None, {}
+    if args.restore_from == "imagenet":
+        weights, meta = checkpoint.imagenet_weights("vgg16" if args.model == "DeeplabVGG" else args.arch)
+    elif args.restore_from:
+        weights, meta = checkpoint.read_weights(args.restore_from)
+    pixels = args.pixels or meta.get("pixels", "caffe")
+
+    data = open_data(args, pixels)
+    if args.check_data:
+        run.say(f"all files of {args.source} and {args.target} are fine")
+        return 0
+    prefix = f"{data.source.description.name.upper()}_"
+    folder = Path(args.snapshot_dir)
+    resume_file = folder / "resume.pth"
+
+    # networks
+    stride_on = meta.get("stride_on", "1x1")
+    net = build(args.model, len(data.classes), args.arch, args.aspp, stride_on)
+    loaded = "none, random weights (the paper starts from ImageNet: --restore-from imagenet or a file)"
+    if weights is not None:
+        loaded = checkpoint.load_into(net, weights, heads=not args.not_restore_last, source=args.restore_from)
+    affine = args.bn_affine == "train" or (args.bn_affine == "auto" and weights is None)
+    set_bn_affine(net, affine)
+    net.to(run.device, memory_format=torch.channels_last)
+    if run.world > 1 and run.device.type == "cuda" and args.is_training:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    discriminators = {}
+    if not args.source_only:
+        channels = len(data.classes) if args.adapt == "output" else net.channels[1]
+        discriminators = {n: FCDiscriminator(channels).to(run.device) for n in ((1, 2) if args.multi_level else (2,))}
+    levels = [Level(1, discriminators.get(1), args.lambda_seg, args.lambda_adv_target1)] if args.multi_level else []
+    levels += [Level(2, discriminators.get(2), 1.0, args.lambda_adv_target2)]
+
+    # optimisers
+    optimizer = deeplab_sgd(net, args.sgd, args.learning_rate, args.momentum, args.weight_decay)
+    adam = ReleasedAdam if args.sgd == "released" else torch.optim.Adam
+    optimizers_d = [adam(d.parameters(), lr=args.learning_rate_D, betas=(0.9, 0.99)) for d in discriminators.values()]
+    scaler = run.scaler()
+
+    # resume
+    first, best = 0, None
+    arguments = {k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}
+    if args.resume:
+        state = checkpoint.load(resume_file)
+        checkpoint.check_same_arguments(state["arguments"], arguments, FREE_ARGUMENTS)
+        first, best = state["iteration"], state["best"]
+        net.load_state_dict(state["net"])
+        for module, s in zip(discriminators.values(), state["discriminators"], strict=True):
+            module.load_state_dict(s)
+        for o, s in zip([optimizer, *optimizers_d], state["optimizers"], strict=True):
+            o.load_state_dict(s)
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        loaded = f"resumed at iteration {first}"
+    elif resume_file.exists() and run.is_main:
+        run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
+
+    running.header(run, {
+        "kernels": ops.backend(), "networks": f"{args.model} {args.arch if args.model != 'DeeplabVGG' else 'vgg16'}, "
+        f"{len(data.classes)} classes, ASPP {args.aspp}", "weights": loaded,
+        "batch norm": f"weights {'train' if affine else 'frozen'}, statistics {'update' if args.is_training else 'frozen'}",
+        "pixels": pixels, "source": f"{len(data.source)} images of {args.source} at {data.source.transform.size}",
+        "target": "none in training" if args.source_only else f"{len(data.target)} images of {args.target} at {data.size_t}",
+        "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
+        "batch": f"{args.batch_size * run.world * args.iter_size} pairs a step = {args.batch_size} x {run.world} processes x "
+                 f"{args.iter_size} passes", "steps": f"{first} to {args.num_steps_stop}, SGD {args.sgd}", "output": folder})
+    if args.compile:
+        net.compile()
+        for d in discriminators.values():
+            d.compile()
+
+    def save(iteration: int, snapshot: bool) -> None:
+        """The resume file, and with ``snapshot`` the weights under the names of the release."""
+        if not run.is_main:
+            return
+        if snapshot:
+            checkpoint.save_weights(net, folder / f"{prefix}{iteration}.pth", meta_of(iteration))
+            for number, d in discriminators.items():
+                checkpoint.save_weights(d, folder / f"{prefix}{iteration}_D{number}.pth", meta_of(iteration))
+        checkpoint.save({
+            "iteration": iteration, "best": best, "arguments": arguments, "net": net.state_dict(),
+            "discriminators": [d.state_dict() for d in discriminators.values()],
+            "optimizers": [o.state_dict() for o in (optimizer, *optimizers_d)], "scaler": scaler.state_dict(),
+            "rng": torch.get_rng_state()}, resume_file)
+
+    def meta_of(iteration: int) -> dict[str, object]:
+        return {"script": "train_adaptsegnet.py", "iteration": iteration, "model": args.model, "arch": args.arch, "aspp": args.aspp,
+                "stride_on": stride_on, "pixels": pixels, "task": args.target, "classes": list(data.classes),
+                "size": list(data.size_t), "align_corners": True}
+
+    def evaluate(iteration: int) -> np.ndarray:
+        nonlocal best
+        judged = net
+        if args.bn_stats == "target":
+            judged = predict.reestimate_bn(net, data.target.images, data.size_t, pixels, run, args.num_workers)
+        confusion = predict.score(judged, data.validation, data.size_t, pixels, len(data.classes), run, workers=args.num_workers)
+        miou = 100 * metrics.mean_iou(confusion)
+        if best is None or miou > best["mIoU"]:
+            best = {"mIoU": miou, "iteration": iteration}
+            if run.is_main:
+                checkpoint.save_weights(judged, folder / "best.pth", {**meta_of(iteration), "mIoU": miou})
+        log.scores(iteration, {"mIoU": miou, "best_mIoU": best["mIoU"]})
+        run.say(f"iteration {iteration}: target mIoU {miou:.2f} (best {best['mIoU']:.2f} at {best['iteration']})")
+        if run.is_main and args.save_num_images:
+            save_pictures(judged, data, pixels, args.save_num_images, folder / "pictures" / f"{iteration}.png", run)
+        return confusion
+
+    # the loop
+    tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
+    log = running.Log(run, folder / "log.jsonl", first, args.num_steps_stop, tensorboard)
+    stream = dict(batch=args.batch_size, workers=args.num_workers, start=first * args.iter_size, rank=run.rank, world=run.world,
+                  pin=run.device.type == "cuda")
+    batches_s = endless(data.source, seed=args.random_seed, **stream)
+    batches_t = None if args.source_only else endless(data.target, seed=args.random_seed + 1, **stream)
+    set_train_mode(net, freeze_bn=not args.is_training)
+    last_good, confusion = resume_file if args.resume else None, None
+    with running.StopRequest() as stop:
+        for i in range(first, args.num_steps_stop):
+            lr = set_poly_lr(optimizer, args.learning_rate, i, args.num_steps, args.power)
+            optimizer.zero_grad()
+            for o in optimizers_d:
+                set_poly_lr(o, args.learning_rate_D, i, args.num_steps, args.power)
+                o.zero_grad()
+            sums: dict[str, Tensor] = {}
+            names: list[str] = []
+            for _ in range(args.iter_size):
+                batch_s = next(batches_s)
+                batch_t = next(batches_t) if batches_t is not None else None
+                names += [*batch_s.name, *(batch_t.name if batch_t is not None else ())]
+                losses = adapt_backward(
+                    net, levels, to_device(batch_s.image, run), batch_s.label.to(run.device),
+                    None if batch_t is None else to_device(batch_t.image, run), gan=args.gan, adapt=args.adapt,
+                    iter_size=args.iter_size, ignore=args.ignore_label, run=run, scale=scaler.scale)
+                for key, loss in losses.items():
+                    sums[key] = sums.get(key, 0.0) + loss.detach() / args.iter_size
+            values = dict(zip(sums, (run.sum(torch.stack(list(sums.values()))) / run.world).tolist(), strict=True))
+            running.require_finite(values, i + 1, names, last_good)
+            run.average_gradients([net, *discriminators.values()])
+            for o in (optimizer, *optimizers_d):
+                scaler.step(o)
+            scaler.update()
+
+            done = i + 1
+            log.step()
+            if done % args.log_every == 0 or done == args.num_steps_stop:
+                log.losses(done, {**values, "lr": lr})
+            if data.validation is not None and (done % args.eval_every == 0 or done == args.num_steps_stop):
+                confusion = evaluate(done)
+                set_train_mode(net, freeze_bn=not args.is_training)
+            leaving = run.any(stop.signal is not None)
+            snapshot = done % args.save_pred_every == 0 or done == args.num_steps_stop
+            if snapshot or leaving:
+                save(done, snapshot)
+                last_good = resume_file
+            if leaving and done < args.num_steps_stop:
+                log.close()
+                run.say(f"stopped at iteration {done}; --resume goes on from {resume_file}")
+                return 128 + (stop.signal or 0)
+    log.close()
+    run.barrier()
+
+    if data.validation is not None:
+        if confusion is None:  # resumed at the end
+            confusion = evaluate(first)
+        run.say(metrics.iou_table(data.classes, {"last": confusion}))
+        run.say(f"target mIoU: last {100 * metrics.mean_iou(confusion):.2f}, best {best['mIoU']:.2f} (iteration {best['iteration']}, "
+                "chosen on the validation set)")
+    return Outcome(net, data, confusion, pixels)
+
+
+def to_device(x: Tensor, run: running.Run) -> Tensor:
+    return x.to(run.device, memory_format=torch.channels_last, non_blocking=True)
+
+
+def save_pictures(net: nn.Module, data: Data, pixels: str, most: int, path: Path, run: running.Run,
+                  columns: Mapping[str, nn.Module] | None = None) -> None:
+    """Panels [image, truth, prediction(s)] of the first ``most`` validation images."""
+    nets = {name: predict.fold_bn(n) for name, n in (columns or {"prediction": net}).items()}
+    palette = np.array([data.task.palette[data.task.classes.index(c)] for c in data.classes])
+    views = predict.ViewSet(data.validation.images, data.size_t, pixels)
+    rows = []
+    for index in np.linspace(0, len(views) - 1, min(most, len(views))).astype(int):
+        item = views[int(index)]
+        maps = [data.validation.truth(int(index))] + [
+            predict.predict(n, item.tensors, item.image.shape[1::-1], run).cpu().numpy() for n in nets.values()]
+        rows.append([Image.fromarray(item.image), *(visual.colour_map(m, palette).convert("RGB") for m in maps)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    visual.panel(rows, ["image", "truth", *nets]).save(path)
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Render the pair, train source-only and adapted, print both tables, draw result/demo/report.png."""
+    render_demo(Path("data/demo"), seed=args.random_seed)
+    outcomes: dict[str, Outcome] = {}
+    for name, source_only in (("source only", True), ("adapted", False)):
+        print(f"--- {name}")
+        settings = {**vars(args), "source_only": source_only, "snapshot_dir": f"{args.snapshot_dir}/{name.replace(' ', '_')}"}
+        outcome = train(argparse.Namespace(**settings))
+        if isinstance(outcome, int):
+            return outcome
+        outcomes[name] = outcome
+    print(metrics.iou_table(outcome.data.classes, {name: o.confusion for name, o in outcomes.items()}))
+    report = Path("result/demo/report.png")
+    run = running.Run(next(outcome.net.parameters()).device, 0, 1, "off")
+    save_pictures(outcome.net, outcome.data, outcome.pixels, 6, report, run, {name: o.net for name, o in outcomes.items()})
+    print(f"pictures: {report}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.demo and not args.source_only:
+        return demo(args)
+    outcome = train(args)
+    return outcome if isinstance(outcome, int) else 0
+
+
+if __name__ == "__main__":
+    running.cli(main)
