@@ -2,10 +2,10 @@
 
     python -m lib.datasets.demo OUT --seed 1
 
-The source lies in the GTA5 layout and the target in the Cityscapes layout, both with Cityscapes' label ids (CLASSES, VOID).
+The source lies in the GTA5 layout and the target in the Cityscapes layout, both with Cityscapes' label ids (CLASSES).
 A view is a list of planar faces in world metres, painted far to near into one image of face numbers. Labels are those
 faces' classes, so they are exact; colours come from shading the same faces per pixel (position, texture, light, haze).
-Both domains draw their scenes from the same distribution of layouts; what separates them is one `Look` each.
+Both domains draw their streets from the same distribution; what separates them is one `Look` each.
 """
 import argparse
 import json
@@ -13,9 +13,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 
@@ -34,8 +34,9 @@ CLASSES = {ROAD: (128, 64, 128), SIDEWALK: (244, 35, 232), BUILDING: (70, 70, 70
            CAR: (0, 0, 142), BUS: (0, 60, 100)}
 
 FLAT, ASPHALT, PAVING, GRASS, FACADE, LEAVES, BRICK, BARS, COACH, HEAVENS = range(10)  # materials
+WHEEL = [(math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)) for k in range(8)]
 NEAR, FAR = 1.0, 140.0  # metres: clipping plane and the end of the street
-SUPERSAMPLING = 2
+SUPERSAMPLING = 2  # four samples vote on a pixel's label
 
 Colour = tuple[float, float, float]  # red, green, blue in 0..1
 Point = tuple[float, float, float]  # X right of the camera, Y above the ground, Z ahead; metres
@@ -98,7 +99,7 @@ SOURCE = Look(
     sky=((.30, .54, .90), (.70, .84, .97)), clouds=.35, texture=.05, dirt=.03,
     illumination=(1.06, 1.0, .92), ambient=.52, shadow=.0, haze=.001, haze_colour=(.74, .84, .95),
     gamma=1.0, contrast=1.0, saturation=1.1, brightness=.0, exposure=.05, vignette=.0, blur=.0, noise=.004,
-    traffic=2.2, parked=.35, people=2.5, buses=.18, trees=.45, frontage=(.46, .20, .14, .12, .08), bonnet=.0)
+    traffic=2.2, parked=.35, people=3.0, buses=.5, trees=.45, frontage=(.44, .20, .18, .10, .08), bonnet=.0)
 TARGET = Look(
     asphalt=[(.44, .43, .41), (.50, .48, .45), (.38, .38, .38)],
     paving=[(.54, .52, .50), (.60, .57, .54), (.50, .46, .44)],
@@ -112,7 +113,7 @@ TARGET = Look(
     sky=((.74, .78, .82), (.90, .91, .91)), clouds=.8, texture=.20, dirt=.14,
     illumination=(.94, 1.0, .98), ambient=.66, shadow=.42, haze=.008, haze_colour=(.82, .85, .86),
     gamma=1.15, contrast=.82, saturation=.80, brightness=.02, exposure=.14, vignette=.35, blur=.55, noise=.022,
-    traffic=3.4, parked=.65, people=4.5, buses=.14, trees=.60, frontage=(.62, .09, .09, .12, .08), bonnet=.5)
+    traffic=3.4, parked=.65, people=5.0, buses=.5, trees=.60, frontage=(.60, .10, .12, .10, .08), bonnet=.5)
 
 
 class Scene:
@@ -126,10 +127,11 @@ class Scene:
         self.v0 = self.height * rng.uniform(.38, .50)
         self.curve = rng.uniform(-.0016, .0016)  # the road's middle is at X = middle + curve Z^2
         self.lanes, self.lane = rng.choice((2, 2, 3, 4)), rng.uniform(3.0, 3.6)
-        self.half = self.lanes * self.lane / 2
+        self.half = self.lanes * self.lane / 2  # of the road without its parking strips
         self.middle = -self.half * rng.uniform(.15, .6)
         azimuth, elevation = rng.uniform(0, 2 * math.pi), rng.uniform(.45, 1.1)
-        self.sun = (math.cos(elevation) * math.sin(azimuth), math.sin(elevation), math.cos(elevation) * math.cos(azimuth))
+        level = math.cos(elevation)
+        self.sun = (level * math.sin(azimuth), math.sin(elevation), level * math.cos(azimuth))  # unit vector towards it
         self.ids = Image.new("I", (self.width, self.height), 0)
         self.draw = ImageDraw.Draw(self.ids)
         self.shade = Image.new("L", (self.width, self.height), 0)
@@ -204,34 +206,35 @@ def scale(colour: Colour, gain: float) -> Colour:
     return tuple(c * gain for c in colour)
 
 
-# ---- what stands in a street ------------------------------------------------------------------------------------------
+# ---- what stands in a street -----------------------------------------------------------------------------------------
 
 
 def ground(s: Scene, rng: Random, look: Look) -> list[dict]:
-    """Terrain, road and the strips beside it; returns each side's measures (metres from the road's middle)."""
+    """Terrain, road and the strips beside it; returns both sides' measures (metres from the road's middle)."""
     depths = [1.0, 2, 3, 4, 6, 8, 11, 15, 20, 28, 40, 60, 90, FAR]
 
     def strip(inner: float, outer: float, label: int, colour: Colour, material: int, *more) -> None:
         s.face([(s.at(inner, z), 0, z) for z in depths] + [(s.at(outer, z), 0, z) for z in reversed(depths)],
                label, colour, material, *more)
 
-    grass = tone(rng, look.grass)
+    grass, paving, asphalt = tone(rng, look.grass), tone(rng, look.paving), tone(rng, look.asphalt)
     s.face([(-400, 0, 1), (-400, 0, 380), (400, 0, 380), (400, 0, 1)], TERRAIN, grass, GRASS)
     sides = []
-    paving, asphalt = tone(rng, look.paving), tone(rng, look.asphalt)
     for sign in (-1, 1):
-        pavement = rng.uniform(1.6, 4.2)
+        parked = rng.random() < look.parked
+        edge = s.half + (2.0 if parked else .3)
+        kerb = edge + .25
         verge = rng.uniform(1.0, 2.6) if rng.random() < .4 else 0.0
-        garden = rng.uniform(1.0, 5.0) if rng.random() < .45 else 0.0
-        kerb = s.half + .25
-        strip(sign * s.half, sign * (kerb + verge + pavement), SIDEWALK, paving, PAVING)
+        front = kerb + verge + rng.uniform(1.6, 4.2)
+        strip(sign * edge, sign * front, SIDEWALK, paving, PAVING)
         if verge:
             strip(sign * (kerb + .1), sign * (kerb + verge), TERRAIN, scale(grass, .95), GRASS)
-        strip(sign * s.half, sign * kerb, SIDEWALK, scale(paving, 1.14), FLAT)
-        sides.append({"sign": sign, "kerb": kerb, "verge": verge, "walk": (kerb + verge + .4, kerb + verge + pavement - .4),
-                      "front": kerb + verge + pavement + garden, "parked": rng.random() < look.parked})
+        strip(sign * edge, sign * kerb, SIDEWALK, scale(paving, 1.14), FLAT)
+        sides.append({"sign": sign, "edge": edge, "kerb": kerb, "trees": kerb + max(.7, verge / 2), "parked": parked,
+                      "walk": (kerb + verge + .4, front - .4),
+                      "front": front + (rng.uniform(1.0, 5.0) if rng.random() < .45 else 0.0)})
     crossing = rng.uniform(7, 30) if rng.random() < .3 else -9.0
-    strip(-s.half, s.half, ROAD, asphalt, ASPHALT, (.86, .86, .82), crossing, 0.0)
+    strip(-sides[0]["edge"], sides[1]["edge"], ROAD, asphalt, ASPHALT, (.86, .86, .82), crossing)
     return sides
 
 
@@ -244,42 +247,52 @@ def building(s: Scene, rng: Random, look: Look, sign: int, front: float, z0: flo
     s.cast([(near, 0, z0), (near, height, z0), (far, height, z1), (far, 0, z1)])
     s.cast([(near, 0, z0), (near, height, z0), (deep, height, z0), (deep, 0, z0)])
     if rng.random() < .35:  # a pitched roof along the street
-        ridge, roof = near + sign * 4, scale(tone(rng, look.walls), .75)
-        s.face([(near, height, z0), (far, height, z1), (ridge + far - near, height + 2.6, z1), (ridge, height + 2.6, z0)],
-               BUILDING, roof, BRICK)
-        s.face([(near, height - .1, z0), (ridge, height + 2.6, z0), (ridge + sign * 4, height - .1, z0)], BUILDING, colour)
-    s.face([(near, 0, z0), (near, height, z0), (deep, height, z0), (deep, 0, z0)], BUILDING, scale(colour, .94), FACADE,
-           glass, floor, bay)
-    s.face([(near, 0, z0), (near, height, z0), (far, height, z1), (far, 0, z1)], BUILDING, colour, FACADE, glass, floor, bay)
+        ridge, roof, top = near + sign * 4, scale(tone(rng, look.walls), .75), height + 2.6
+        slope = [(near, height, z0), (far, height, z1), (ridge + far - near, top, z1), (ridge, top, z0)]
+        s.face(slope, BUILDING, roof, BRICK)
+        s.face([(near, height - .1, z0), (ridge, top, z0), (ridge + sign * 4, height - .1, z0)], BUILDING, colour)
+    for (x, z), gain in (((deep, z0), .94), ((far, z1), 1)):  # the end towards the camera, then the front
+        s.face([(near, 0, z0), (near, height, z0), (x, height, z), (x, 0, z)], BUILDING, scale(colour, gain), FACADE,
+               glass, floor, bay)
 
 
 def barrier(s: Scene, rng: Random, look: Look, label: int, sign: int, front: float, z0: float, z1: float) -> None:
     """A wall, a fence or a hedge along the street."""
-    height = {WALL: rng.uniform(1.6, 3.2), FENCE: rng.uniform(1.2, 2.2), VEGETATION: rng.uniform(1.0, 2.4)}[label]
-    colours, material = {WALL: (look.walls, BRICK), FENCE: (look.fences, BARS), VEGETATION: (look.leaves, LEAVES)}[label]
+    colours, material, height = {WALL: (look.walls, BRICK, rng.uniform(1.6, 3.2)),
+                                 FENCE: (look.fences, BARS, rng.uniform(1.2, 2.2)),
+                                 VEGETATION: (look.leaves, LEAVES, rng.uniform(1.0, 2.4))}[label]
     colour = tone(rng, colours)
     near, far = s.at(sign * front, z0), s.at(sign * front, z1)
-    more = (tone(rng, look.grass), .32, height) if label == FENCE else (scale(colour, .7), .6, height)
+    more = (scale(tone(rng, look.grass), .55), .32, height) if label == FENCE else (colour, .6, height)
     s.cast([(near, 0, z0), (near, height, z0), (far, height, z1), (far, 0, z1)])
     if label != FENCE:
         end = near + sign * (.4 if label == WALL else 1.2)
-        s.face([(near, 0, z0), (near, height, z0), (end, height, z0), (end, 0, z0)], label, scale(colour, .9), material, *more)
+        s.face([(near, 0, z0), (near, height, z0), (end, height, z0), (end, 0, z0)], label, colour, material, *more)
     s.face([(near, 0, z0), (near, height, z0), (far, height, z1), (far, 0, z1)], label, colour, material, *more)
 
 
 def tree(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
-    height, radius = rng.uniform(4.5, 8.5), rng.uniform(1.3, 2.6)
+    height, radius = rng.uniform(3.6, 6.6), rng.uniform(1.3, 2.5)
     colour = tone(rng, look.leaves)
     stem = rng.uniform(.09, .17)
     s.cast([(x - stem, 0, z), (x - stem, height, z), (x + stem, height, z), (x + stem, 0, z)])
-    ring = [(x + radius * math.cos(a), height + .8 * radius * math.sin(a), z) for a in np.linspace(0, 5.5, 8).tolist()]
-    s.cast(ring)
+    s.cast([(x + radius * dx, height + .8 * radius * dy, z) for dx, dy in WHEEL])
     s.upright(x - stem, x + stem, 0, height, z, VEGETATION, scale((.40, .31, .24), colour[0] * 2.2 + .25), LEAVES)
     for _ in range(5 if z > 45 else 9):
         angle, r = rng.uniform(0, 2 * math.pi), radius * rng.uniform(.2, .75)
         dy = .9 * r * math.sin(angle)
         s.disc(x + r * math.cos(angle), height + dy, z, radius * rng.uniform(.4, .62), radius * rng.uniform(.36, .55),
                VEGETATION, scale(colour, .92 + .25 * dy / radius), LEAVES)
+
+
+def underside(s: Scene, look: Look, x: float, lean: float, z: float, long: float, wide: float, tall: float) -> None:
+    """A vehicle's shadow, and the darkness below it, which belongs to the road."""
+    left, right = x - wide / 2, x + wide / 2
+    base = [(left, .02, z - .1), (left + lean, .02, z + long), (right + lean, .02, z + long), (right, .02, z - .1)]
+    k = .8 * tall / s.sun[1]
+    s.cast(base)
+    s.cast([(bx - k * s.sun[0], 0, bz - k * s.sun[2]) for bx, _, bz in base])
+    s.face(base, ROAD, scale(look.asphalt[0], .35))
 
 
 def car(s: Scene, rng: Random, look: Look, lateral: float, z: float, towards: bool) -> None:
@@ -294,38 +307,27 @@ def car(s: Scene, rng: Random, look: Look, lateral: float, z: float, towards: bo
     if tall > 2:
         near_cabin, far_cabin = (.9, long - .1) if towards else (.1, long - .9)
     slope, inset = .4, .16
-    for dx, dz in ((0, 0), (-s.sun[0], -s.sun[2])):
-        k = tall / s.sun[1] * .8
-        s.cast([(left + dx * k, 0, z + dz * k), (left + lean + dx * k, 0, z + long + dz * k),
-                (right + lean + dx * k, 0, z + long + dz * k), (right + dx * k, 0, z + dz * k)])
-
     def point(side: float, y: float, dz: float) -> Point:
         return side + lean * dz / long, y, z + dz
 
-    # The underside's darkness belongs to the road, wheels and body to the car.
-    s.face([point(left, .02, -.1), point(left, .02, long), point(right, .02, long), point(right, .02, -.1)], ROAD,
-           scale(look.asphalt[0], .35))
+    underside(s, look, x, lean, z, long, wide, tall)
     seen, inner = (right, right - inset) if x < 0 else (left, left + inset)
     if min(abs(left), abs(right)) > .1:
+        s.face([point(seen, y, dz) for y, dz in ((sill, 0), (belt, 0), (belt, long), (sill, long))], CAR, paint)
         for dz in (long * .82, long * .2):
-            rim = [(point(seen, .34 + .34 * math.sin(a), dz + .34 * math.cos(a))) for a in (0, .8, 1.6, 2.4, 3.1, 3.9, 4.7, 5.5)]
-            s.face(rim, CAR, (.10, .10, .10))
-        s.face([point(seen, sill, 0), point(seen, belt, 0), point(seen, belt, long), point(seen, sill, long)], CAR, paint)
-        for dz in (long * .82, long * .2):
-            s.face([point(seen, .32 + .30 * math.sin(a), dz + .30 * math.cos(a)) for a in (0, 1.05, 2.1, 3.14, 4.2, 5.2)], CAR,
-                   (.09, .09, .10))
-        s.face([point(seen, belt, near_cabin), point(inner, tall, near_cabin + slope), point(inner, tall, far_cabin - slope),
-                point(seen, belt, far_cabin)], CAR, scale(paint, .96))
+            s.face([point(seen, .33 + .33 * dy, dz + .33 * dx) for dx, dy in WHEEL], CAR, (.09, .09, .10))
+        s.face([point(seen, belt, near_cabin), point(inner, tall, near_cabin + slope),
+                point(inner, tall, far_cabin - slope), point(seen, belt, far_cabin)], CAR, scale(paint, .96))
         s.face([point(seen, belt + .05, near_cabin + .22), point(inner, tall - .1, near_cabin + slope + .1),
                 point(inner, tall - .1, far_cabin - slope - .1), point(seen, belt + .05, far_cabin - .22)], CAR, glass)
     s.face([point(left, belt, 0), point(left, belt, long), point(right, belt, long), point(right, belt, 0)], CAR, paint)
-    roof = [point(left + inset, tall, near_cabin + slope), point(left + inset, tall, far_cabin - slope),
-            point(right - inset, tall, far_cabin - slope), point(right - inset, tall, near_cabin + slope)]
-    s.face([point(left, belt, near_cabin), roof[0], roof[3], point(right, belt, near_cabin)], CAR, scale(paint, .96))
-    s.face([point(left + .12, belt + .05, near_cabin + .02), point(left + inset + .1, tall - .08, near_cabin + slope - .02),
-            point(right - inset - .1, tall - .08, near_cabin + slope - .02), point(right - .12, belt + .05, near_cabin + .02)],
-           CAR, glass)
-    s.face(roof, CAR, paint)
+    front, back = near_cabin + slope, far_cabin - slope
+    for trim, lift, colour in ((0, 0, scale(paint, .96)), (.1, .06, glass)):
+        s.face([point(left + trim, belt + lift, near_cabin), point(left + inset + trim, tall - lift, front),
+                point(right - inset - trim, tall - lift, front), point(right - trim, belt + lift, near_cabin)],
+               CAR, colour)
+    s.face([point(left + inset, tall, front), point(left + inset, tall, back), point(right - inset, tall, back),
+            point(right - inset, tall, front)], CAR, paint)
     for edge in (left + .05, right - .3):
         s.upright(edge, edge + .25, 0, sill + .1, z, CAR, (.08, .08, .09))
     s.upright(left, right, sill, belt, z, CAR, paint)
@@ -336,33 +338,28 @@ def car(s: Scene, rng: Random, look: Look, lateral: float, z: float, towards: bo
     s.upright(left, right, sill, sill + .08, z, CAR, (.14, .14, .15))
 
 
-def bus(s: Scene, rng: Random, look: Look, lateral: float, z: float) -> None:
-    paint, glass = tone(rng, [(.82, .22, .16), (.86, .74, .22), (.88, .88, .86), (.22, .44, .62)]), tone(rng, look.windows)
-    paint = tuple(.5 * (c + sum(paint) / 3) + .5 * look.saturation * (c - sum(paint) / 3) for c in paint)
+def bus(s: Scene, rng: Random, look: Look, lateral: float, z: float, towards: bool) -> None:
+    paint = tone(rng, [(.80, .24, .18), (.84, .72, .26), (.86, .86, .84), (.24, .44, .60)])
+    glass = scale(tone(rng, look.windows), .6)
     long, wide, tall, sill = rng.uniform(9, 13), 2.5, 3.1, .35
     x = s.at(lateral, z)
     lean = s.at(lateral, z + long) - x
     left, right = x - wide / 2, x + wide / 2
-    for dx, dz in ((0, 0), (-s.sun[0], -s.sun[2])):
-        k = tall / s.sun[1]
-        s.cast([(left + dx * k, 0, z + dz * k), (left + lean + dx * k, 0, z + long + dz * k),
-                (right + lean + dx * k, 0, z + long + dz * k), (right + dx * k, 0, z + dz * k)])
-    s.face([(left, .02, z - .1), (left + lean, .02, z + long), (right + lean, .02, z + long), (right, .02, z - .1)], ROAD,
-           scale(look.asphalt[0], .35))
+    underside(s, look, x, lean, z, long, wide, tall)
     seen = right if x < 0 else left
     if min(abs(left), abs(right)) > .1:
-        s.face([(seen, sill, z), (seen, tall, z), (seen + lean, tall, z + long), (seen + lean, sill, z + long)], BUS, paint, COACH,
-               scale(glass, .6), 1.5, 1.4)
+        s.face([(seen, sill, z), (seen, tall, z), (seen + lean, tall, z + long), (seen + lean, sill, z + long)], BUS,
+               paint, COACH, glass, 1.5)
         for dz in (long * .75, long * .2):
-            s.face([(seen + lean * dz / long, .48 + .46 * math.sin(a), z + dz + .46 * math.cos(a))
-                    for a in (0, .8, 1.6, 2.4, 3.1, 3.9, 4.7, 5.5)], BUS, (.09, .09, .10))
+            s.face([(seen + lean * dz / long, .48 + .48 * dy, z + dz + .48 * dx) for dx, dy in WHEEL], BUS,
+                   (.09, .09, .10))
     for edge in (left + .1, right - .45):
         s.upright(edge, edge + .35, 0, sill, z, BUS, (.08, .08, .09))
     s.upright(left, right, sill, tall, z, BUS, paint)
-    s.upright(left + .15, right - .15, 1.4, tall - .5, z, BUS, scale(glass, .6))
+    s.upright(left + .15, right - .15, 1.4, tall - .5, z, BUS, glass)
     s.upright(left + .5, right - .5, tall - .4, tall - .12, z, BUS, (.95, .72, .20))
     for edge in (left + .1, right - .4):
-        s.upright(edge, edge + .3, .7, .95, z, BUS, (.80, .12, .08))
+        s.upright(edge, edge + .3, .7, .95, z, BUS, (.95, .93, .80) if towards else (.80, .12, .08))
 
 
 def person(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
@@ -372,12 +369,16 @@ def person(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
     step, lean = rng.uniform(.03, .22), rng.uniform(-.05, .05)
     hip, neck = tall * .50, tall * .84
     s.cast([(x - .22, 0, z), (x - .2, tall, z), (x + .2, tall, z), (x + .22, 0, z)])
-    for foot, edge in ((-step, -.19), (step, .01)):
-        s.face([(x + foot - .09, 0, z), (x + edge, hip, z), (x + edge + .18, hip, z), (x + foot + .09, 0, z)], PERSON, trousers)
-    s.face([(x - .20, hip - .08, z), (x - .26 + lean, neck, z), (x + .26 + lean, neck, z), (x + .20, hip - .08, z)], PERSON, coat)
+
+    def quad(bottom: float, top: float, colour: Colour, *x4: float) -> None:
+        s.face([(x + dx, y, z) for dx, y in zip(x4, (bottom, top, top, bottom), strict=True)], PERSON, colour)
+
+    quad(0, hip, trousers, -step - .09, -.19, -.01, -step + .09)
+    quad(0, hip, trousers, step - .09, .01, .19, step + .09)
+    quad(hip - .08, neck, coat, -.20, -.26 + lean, .26 + lean, .20)
     for sign in (-1, 1):
-        s.face([(x + sign * .26 + lean, neck, z), (x + sign * (.3 + step * .5), hip, z), (x + sign * (.2 + step * .5), hip, z),
-                (x + sign * .16 + lean, neck, z)], PERSON, scale(coat, .8))
+        hand = sign * (.25 + step / 2)
+        quad(hip, neck, scale(coat, .8), hand - .05, sign * .21 + lean - .05, sign * .21 + lean + .05, hand + .05)
     s.disc(x + lean, tall - .12, z, .12, .15, PERSON, skin)
     s.disc(x + lean, tall - .05, z, .12, .08, PERSON, (.18, .14, .11))
 
@@ -393,7 +394,8 @@ def pole(s: Scene, rng: Random, look: Look, x: float, z: float, height: float, r
 def street_lamp(s: Scene, rng: Random, look: Look, x: float, z: float, sign: int) -> None:
     height = rng.uniform(6, 9)
     colour = pole(s, rng, look, x, z, height)
-    s.face([(x, height - .1, z), (x, height + .1, z), (x - sign * 1.8, height + .45, z), (x - sign * 1.8, height + .25, z)], POLE, colour)
+    end = x - sign * 1.8
+    s.face([(x, height - .1, z), (x, height + .1, z), (end, height + .45, z), (end, height + .25, z)], POLE, colour)
 
 
 def traffic_light(s: Scene, rng: Random, look: Look, x: float, z: float, sign: int) -> None:
@@ -416,8 +418,7 @@ def traffic_sign(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
     y, r = rng.uniform(2.2, 2.9), rng.uniform(.38, .52)
     pole(s, rng, look, x, z, y + r, .07)
     z -= .05
-    vivid = .55 + .45 * look.saturation
-    red, blue, white, yellow = (.80 * vivid, .10, .10), (.10, .28, .72 * vivid), (.92, .92, .90), (.95 * vivid, .78 * vivid, .12)
+    red, blue, white, yellow = (.78, .10, .10), (.10, .28, .70), (.92, .92, .90), (.92, .76, .14)
     kind = rng.randrange(5)
     if kind == 0:
         s.disc(x, y, z, r, r, SIGN, red)
@@ -440,20 +441,19 @@ def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
     """Draws one street from the look's distribution and paints it far to near."""
     s = Scene(rng, width, height)
     sides = ground(s, rng, look)
-    things = []  # (distance, function of no arguments that paints)
-    # What lines the street is sorted by its far end: whatever stands in the street before that end hides it.
+    things = []  # (distance, what paints it)
 
-    def put(z: float, paint, *args) -> None:
-        things.append((z, lambda: paint(s, rng, look, *args)))
+    def put(z: float, paint: Callable, *args) -> None:
+        things.append((z, partial(paint, s, rng, look, *args)))
 
     for side in sides:
         sign, kerb, front = side["sign"], side["kerb"], side["front"]
-        tall = rng.choice((1.6, 2.5, 3.5, 5.0))
+        tall = rng.choice((1.6, 2.5, 3.5, 5.0))  # floors in this street
         z = rng.uniform(-9, 1)
+        # What lines the street is sorted by its far end: whatever stands in the street before that end hides it.
         while z < FAR:
-            end = z + rng.uniform(8, 24)
+            start, end = max(z, NEAR), z + rng.uniform(8, 24)
             kind = rng.choices((BUILDING, WALL, FENCE, VEGETATION, TERRAIN), look.frontage)[0]
-            start = max(z, NEAR)
             if kind == BUILDING:
                 put(end, building, sign, front, start, end, tall)
             elif end > start + 2:
@@ -466,9 +466,9 @@ def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
                     put(end, barrier, kind, sign, front, start, end)
             z = end + (rng.uniform(0, 3) if rng.random() < .3 else 0)
         if rng.random() < look.trees:
-            z, gap, where = rng.uniform(6, 14), rng.uniform(8, 16), sign * (kerb + max(.7, side["verge"] / 2))
+            z, gap = rng.uniform(6, 14), rng.uniform(8, 16)
             while z < 80:
-                put(z, tree, s.at(where, z), z)
+                put(z, tree, s.at(sign * side["trees"], z), z)
                 z += gap * rng.uniform(.8, 1.3)
         z, gap = rng.uniform(7, 18), rng.uniform(16, 30)
         while z < 70:
@@ -484,7 +484,7 @@ def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
             z = rng.uniform(4, 9)
             while z < 60:
                 if rng.random() < .75:
-                    put(z, car, sign * (s.half - .95), z, sign < 0)
+                    put(z, car, sign * (side["edge"] - 1.0), z, sign < 0)
                 z += rng.uniform(5.6, 7)
         for _ in range(round(rng.expovariate(2 / look.people))):
             z = 5.5 + 26 * rng.random() ** 1.3
@@ -492,24 +492,21 @@ def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
             put(z, person, x, z)
             if rng.random() < .4:
                 put(z + .2, person, x + rng.choice((-.6, .6)), z + .2)
-        if rng.random() < .12:
+        if rng.random() < .12:  # on the road
             z = rng.uniform(9, 25)
             put(z, person, s.at(sign * rng.uniform(0, s.half), z), z)
     taken = []
-    for count, kind, length in ((look.buses, bus, 13), (look.traffic, car, 6)):
-        for _ in range(round(rng.expovariate(1 / count))):
-            lane = rng.randrange(s.lanes)
+    for mean, kind, length in ((look.buses, bus, 13), (look.traffic, car, 6)):
+        for _ in range(round(rng.expovariate(1 / mean))):
+            lane, z = rng.randrange(s.lanes), rng.uniform(8, 50)
             lateral = (lane + .5) * s.lane - s.half
-            z = rng.uniform(7 if kind is car else 10, 55)
-            if (lane, side["parked"]) in ((s.lanes - 1, True), (0, sides[0]["parked"])) and s.lanes == 2:
-                lateral *= .55  # beside parked cars
             if all(lane != other or z + length < a or z > b for other, a, b in taken):
                 taken.append((lane, z, z + length))
-                put(z, kind, lateral, z, lateral < 0) if kind is car else put(z, kind, lateral, z)
-    for z in (FAR + 1, FAR + 2):  # what closes the street at the horizon
-        for i in range(-3, 4):
-            x = s.at(i * 22 + rng.uniform(-8, 8), FAR)
-            put(z + rng.random(), skyline, x, z)
+                put(z, kind, lateral, z, lateral < 0)
+    for i in range(-3, 4):  # what closes the street
+        for _ in range(2):
+            z = FAR + 2 * rng.random()
+            put(z, skyline, s.at(i * 22 + rng.uniform(-8, 8), FAR), z)
     for _, paint in sorted(things, key=lambda t: -t[0]):
         paint()
     if rng.random() < look.bonnet:
@@ -522,17 +519,20 @@ def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
 def skyline(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
     if rng.random() < .5:
         wide, tall = rng.uniform(6, 14), rng.uniform(6, 22)
-        s.upright(x - wide, x + wide, 0, tall, z, BUILDING, tone(rng, look.facades), FACADE, tone(rng, look.windows), 3.2, 3.0)
+        glass = tone(rng, look.windows)
+        s.upright(x - wide, x + wide, 0, tall, z, BUILDING, tone(rng, look.facades), FACADE, glass, 3.2, 3.0)
     else:
-        s.disc(x, 2, z, rng.uniform(9, 16), rng.uniform(4, 10), VEGETATION, tone(rng, look.leaves), LEAVES)
+        wide, tall = rng.uniform(9, 16), rng.uniform(6, 12)
+        hill = [(x + wide * dx, max(0.0, tall * dy), z) for dx, dy in WHEEL]
+        s.face(hill, VEGETATION, tone(rng, look.leaves), LEAVES)
 
 
-# ---- from faces to a picture --------------------------------------------------------------------------------------------
+# ---- from faces to a picture -----------------------------------------------------------------------------------------
 
 
 @cache
-def fractal_noise(seed: int, size: int = 256, slope: float = 1.1) -> np.ndarray:
-    """Tileable multi-octave noise, float32 [size, size], mean 0 and standard deviation 1."""
+def fractal_noise(seed: int, slope: float, size: int = 256) -> np.ndarray:
+    """Tileable multi-octave noise, float32 [size, size], mean 0, standard deviation 1; a larger slope is smoother."""
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     f[0, 0] = np.inf
     spectrum = np.fft.rfft2(np.random.default_rng(seed).standard_normal((size, size))) / f ** slope
@@ -540,120 +540,132 @@ def fractal_noise(seed: int, size: int = 256, slope: float = 1.1) -> np.ndarray:
     return (noise / noise.std()).astype(np.float32)
 
 
-def shade(s: Scene, rng: np.random.Generator, look: Look, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def shade(s: Scene, rng: np.random.Generator, look: Look, grain: np.ndarray,
+          stains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The picture, uint8 [H, W, 3], and its label ids, uint8 [H, W], of a painted scene."""
-    ids = np.asarray(s.ids).ravel()
-    faces = np.array(s.faces, np.float32)
-    v, u = np.divmod(np.arange(ids.size, dtype=np.float32), np.float32(s.width))
-    a, b, c = faces[:, :3].T
-    z = 1 / np.maximum(a[ids] * u + b[ids] * v + c[ids], 1 / 400)
+    n = SUPERSAMPLING
+    h, w = s.height // n, s.width // n
+
+    def by_pixel(samples: np.ndarray) -> np.ndarray:  # [pixels, n * n]
+        return samples.reshape(h, n, w, n).swapaxes(1, 2).reshape(h * w, n * n)
+
+    ids = by_pixel(np.asarray(s.ids))
+    edge = (ids != ids[:, :1]).any(1)  # shaded from all their samples, the pixels inside one face from the first
+    where = by_pixel(np.arange(s.height * s.width))
+    ids, where = (np.concatenate([a[~edge, 0], a[edge].ravel()]).astype(np.intp) for a in (ids, where))
+    inside = h * w - np.count_nonzero(edge)
+    faces = np.array(s.faces, np.float32).T.copy()  # [17, faces]
+
+    def column(i: int, k=slice(None)) -> np.ndarray:
+        return faces[i].take(ids[k])
+
+    u, v = (where % s.width).astype(np.float32), (where // s.width).astype(np.float32)
+    z = 1 / np.maximum(column(0) * u + column(1) * v + column(2), 1 / 400)
     x, y = (u - s.u0) / s.focal * z, s.eye - (v - s.v0) / s.focal * z
-    along = faces[:, 12][ids] * x + faces[:, 13][ids] * z - faces[:, 14][ids]
-    material = faces[:, 4].astype(np.uint8)[ids]
+    material = faces[4].astype(np.uint8).take(ids)
     flat = (material >= ASPHALT) & (material <= GRASS)
-    along, up = np.where(flat, x, along), np.where(flat, z, y)
-    rgb = faces[:, 6:9][ids]
+    along = np.where(flat, x, column(12) * x + column(13) * z - column(14))
+    up = np.where(flat, z, y)
+    rgb = np.stack([column(i) for i in (6, 7, 8)])  # [3, pixels]
 
-    def grain(per_metre: float, k=slice(None)) -> np.ndarray:
-        return noise[(up[k] * per_metre).astype(np.int64) & 255, (along[k] * per_metre).astype(np.int64) & 255]
-
-    light = 1 + look.texture * grain(23) * .6 + look.dirt * grain(3.1)
+    light = 1 + look.texture * .6 * lookup(grain, up * 23, along * 23) + look.dirt * lookup(stains, up * 7, along * 7)
     for kind, pattern in PATTERNS.items():
         k = np.flatnonzero(material == kind)
         if k.size:
-            pattern(s, look, noise, faces[ids[k]], k, x[k], up[k], z[k], along[k], rgb, light)
-    sun = faces[:, 5][ids]
-    shadow = np.asarray(s.shade).ravel()
-    sun = np.where(flat, s.sun[1] * (1 - look.shadow * (shadow > 0)), sun)
-    light *= look.ambient * (1 - .45 * look.shadow * (flat & (shadow > 0))) + (1 - look.ambient) * 1.45 * sun
+            mask, gain = pattern(s, look, grain, x[k], up[k], z[k], along[k], column(15, k), column(16, k))
+            light[k] += gain
+            painted = k[mask]
+            for i in range(3):
+                rgb[i, painted] = column(9 + i, painted)
+    lit = 1 - look.shadow * ((np.asarray(s.shade).ravel().take(where) > 0) & flat)
+    sun = np.where(flat, s.sun[1] * lit, column(5))
+    light *= look.ambient * (.55 + .45 * lit) + (1 - look.ambient) * 1.45 * sun
+    clear = np.exp(-look.haze * np.minimum(z, 200))
     sky = material == HEAVENS
-    light[sky] = 1
-    rgb *= light[:, None] * np.asarray(look.illumination, np.float32)
-    clear = np.exp(-look.haze * np.minimum(z, 200))[:, None]
-    clear[sky] = 1
-    rgb = rgb * clear + (1 - clear) * np.asarray(look.haze_colour, np.float32)
-    n = SUPERSAMPLING
-    h, w = s.height // n, s.width // n
-    rgb = rgb.reshape(h, n, w, n, 3)
-    rgb = sum(rgb[:, i, :, j] for i in range(n) for j in range(n)) / n ** 2
-    labels = np.sort(faces[:, 3].astype(np.uint8)[ids].reshape(h, n, w, n).swapaxes(1, 2).reshape(h, w, n * n), 2)[:, :, ::-1]
-    # The commonest of the four samples, the larger id (poles, signs, people before surfaces) when two tie.
-    label = np.where(labels[..., 0] == labels[..., 1], labels[..., 0], labels[..., 2])
-    label = np.where((labels[..., 1] == labels[..., 2]), labels[..., 1], label)
-    return develop(rgb, rng, look), label
+    light[sky], clear[sky] = 1, 1
+    height = np.clip(1 - v[sky] / s.v0, 0, 1)
+    cloud = lookup(stains, v[sky] * (120 / s.height) + s.v0 * 7, u[sky] * (90 / s.width) + s.u0 * 7)
+    cloud = np.clip(cloud * .5 + look.clouds - .3, 0, 1) * .8
+    for i in range(3):
+        rgb[i, sky] = (look.sky[0][i] * height + look.sky[1][i] * (1 - height)) * (1 - cloud) + cloud * .93
+        rgb[i] = rgb[i] * light * (look.illumination[i] * clear) + look.haze_colour[i] * (1 - clear)
+    picture, label = np.empty((h * w, 3), np.float32), np.empty(h * w, np.uint8)
+    picture[~edge], picture[edge] = rgb[:, :inside].T, rgb[:, inside:].reshape(3, -1, n * n).mean(2).T
+    known = faces[3].astype(np.uint8).take(ids)
+    # On an edge the commonest of the four samples; of two and two the larger id (poles, people before surfaces).
+    a, b, c, d = np.sort(known[inside:].reshape(-1, n * n), 1).T
+    label[~edge], label[edge] = known[:inside], np.where(c == d, d, np.where(b == c, c, np.where(a == b, a, d)))
+    return develop(picture.reshape(h, w, 3), rng, look), label.reshape(h, w)
 
 
-def sky_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
-    height = np.clip((s.v0 - k // s.width) / s.v0, 0, 1)[:, None]
-    top, bottom = (np.asarray(c, np.float32) for c in look.sky)
-    row, column = k // s.width, k % s.width
-    shift = int(abs(s.u0 * 7 + s.v0 * 13))
-    cloud = noise[(row * 2 // SUPERSAMPLING + shift) & 255, (column // SUPERSAMPLING + shift) & 255]
-    cloud = np.clip(cloud * .5 + look.clouds - .3, 0, 1)[:, None] * .8
-    rgb[k] = (top * height + bottom * (1 - height)) * (1 - cloud) + cloud * .93
+def lookup(noise: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """The tileable noise at whole-numbered positions."""
+    return noise.ravel().take(((row.astype(np.int32) & 255) << 8) + (column.astype(np.int32) & 255))
 
 
-def asphalt_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
+def wrap(x: np.ndarray, period) -> np.ndarray:
+    """x modulo period (numpy's own operator is many times slower)."""
+    return x - np.floor(x / period) * period
+
+
+# Each pattern returns which pixels show the face's second colour, and what it adds to the light. x and z are metres in
+# the world, along and up metres on the face, p and q the face's two sizes.
+
+
+def asphalt_pattern(s, look, grain, x, up, z, along, p, q):
     lateral = x - s.middle - s.curve * z * z
     lane = lateral + s.half
-    beside = np.abs(lane - np.round(lane / s.lane) * s.lane)
-    inner = (np.round(lane / s.lane) > 0) & (np.round(lane / s.lane) < s.lanes)
-    mark = inner & (beside < .09) & ((z % 7 < 3.2) | ((s.lanes == 4) & (np.abs(lateral) < .5)))
-    mark |= np.abs(np.abs(lateral) - s.half + .35) < .07
-    crossing = f[0, 15]
-    mark |= (z > crossing) & (z < crossing + 3) & (lane % 1.0 < .5) & (np.abs(lateral) < s.half - .3)
-    tracks = np.cos(lane / s.lane * 4 * np.pi) * .03
-    light[k] += np.where(mark, 0, tracks)
-    rgb[k] = np.where(mark[:, None], f[:, 9:12], rgb[k])
+    nearest = np.round(lane / s.lane)
+    dashes = (wrap(z, 7) < 3.2) | (np.abs(lateral) < .5) if s.lanes == 4 else wrap(z, 7) < 3.2
+    mark = (nearest > 0) & (nearest < s.lanes) & (np.abs(lane - nearest * s.lane) < .09) & dashes
+    mark |= np.abs(np.abs(lateral) - s.half) < .07
+    mark |= (z > p) & (z < p + 3) & (wrap(lane, 1.0) < .5)  # pedestrian crossing
+    return mark, np.where(mark, 0, .03 * np.cos(lane * (4 * np.pi / s.lane)))
 
 
-def paving_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
-    joint = ((z % 1.2 < .10) | ((x - s.curve * z * z) % 1.2 < .10)) & (z < 16)
-    light[k] -= .16 * joint
+def paving_pattern(s, look, grain, x, up, z, along, p, q):
+    joint = ((wrap(z, 1.2) < .10) | (wrap(x - s.curve * z * z, 1.2) < .10)) & (z < 16)
+    return np.zeros(z.shape, bool), -.16 * joint
 
 
-def grass_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
-    light[k] += (.05 + look.texture * .8) * noise[(z * 9).astype(np.int64) & 255, (x * 9).astype(np.int64) & 255]
+def grass_pattern(s, look, grain, x, up, z, along, p, q):
+    return np.zeros(z.shape, bool), (.05 + look.texture * .8) * lookup(grain, z * 9, x * 9)
 
 
-def facade_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
-    floor, bay = f[:, 15], f[:, 16]
-    i, j = np.floor(up / floor), np.floor(along / bay)
-    across, above = along / bay - j, up / floor - i
+def facade_pattern(s, look, grain, x, up, z, along, p, q):
+    i, j = np.floor(up / p), np.floor(along / q)
+    across, above = along / q - j, up / p - i
+    shop = (i < 1) & (p > 3.2)
     window = (across > .25) & (across < .75) & (above > .28) & (above < .80)
-    shop = (i < 1) & (f[:, 6] > f[:, 8] * 1.08)  # the warmer half of the facades has shops
+    frame = (across > .20) & (across < .80) & (above > .22) & (above < .86) & ~window & ~shop
     window = np.where(shop, (across > .08) & (across < .92) & (above > .12) & (above < .78), window)
-    frame = (across > .2) & (across < .8) & (above > .22) & (above < .86) & ~window & ~shop
-    pane = noise[(i * 37).astype(np.int64) & 255, (j * 91 + bay * 1000).astype(np.int64) & 255][:, None]
-    rgb[k] = np.where(window[:, None], f[:, 9:12] * (1 + .35 * np.clip(pane, -1.5, 2)), rgb[k])
-    light[k] += .14 * frame - .10 * ((above < .05) & (i > 0))
+    pane = .35 * np.clip(lookup(grain, i * 37, j * 91 + q * 1000), -1.5, 2)
+    return window, np.where(window, pane, .14 * frame - .10 * ((above < .05) & (i > 0)))
 
 
-def leaves_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
-    i, j = (up * 21).astype(np.int64), (along * 21).astype(np.int64)
-    light[k] += (.10 + look.texture * .8) * noise[i & 255, j & 255]
+def leaves_pattern(s, look, grain, x, up, z, along, p, q):
+    return np.zeros(z.shape, bool), (.10 + look.texture * .8) * lookup(grain, up * 21, along * 21)
 
 
-def brick_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
+def brick_pattern(s, look, grain, x, up, z, along, p, q):
     course = np.floor(up / .3)
-    joint = (up / .3 - course < .16) | ((along / .8 + .5 * (course % 2)) % 1 < .08)
-    light[k] -= .14 * joint * (z < 14) + .12 * (along % 3 < .12)
-    light[k] += .12 * ((f[:, 16] > 0) & (up > f[:, 16] - .22))
+    joint = (up / .3 - course < .16) | (wrap(along / .8 + .5 * course, 1) < .08)
+    cap = (q > 0) & (up > q - .22)
+    return np.zeros(z.shape, bool), .12 * cap - .14 * joint * (z < 14) - .12 * (wrap(along, 3) < .12)
 
 
-def bars_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
-    bar = (along % f[:, 15] < .15) | (up > f[:, 16] - .16) | ((up > .2) & (up < .34))
-    rgb[k] = np.where(bar[:, None], rgb[k], f[:, 9:12] * .55)
+def bars_pattern(s, look, grain, x, up, z, along, p, q):
+    bar = (wrap(along, p) < .15) | (up > q - .16) | ((up > .2) & (up < .34))
+    return ~bar, np.zeros(z.shape)
 
 
-def coach_pattern(s, look, noise, f, k, x, up, z, along, rgb, light):
-    pane = (up > 1.35) & (up < 2.5) & (along % f[:, 15] > .14)
-    rgb[k] = np.where(pane[:, None], f[:, 9:12], rgb[k])
-    light[k] -= .25 * ((up > .8) & (up < .95))
+def coach_pattern(s, look, grain, x, up, z, along, p, q):
+    pane = (up > 1.35) & (up < 2.5) & (wrap(along, p) > .14)
+    return pane, -.25 * ((up > .8) & (up < .95))
 
 
-PATTERNS = {HEAVENS: sky_pattern, ASPHALT: asphalt_pattern, PAVING: paving_pattern, GRASS: grass_pattern,
-            FACADE: facade_pattern, LEAVES: leaves_pattern, BRICK: brick_pattern, BARS: bars_pattern, COACH: coach_pattern}
+PATTERNS = {ASPHALT: asphalt_pattern, PAVING: paving_pattern, GRASS: grass_pattern, FACADE: facade_pattern,
+            LEAVES: leaves_pattern, BRICK: brick_pattern, BARS: bars_pattern, COACH: coach_pattern}
 
 
 def develop(rgb: np.ndarray, rng: np.random.Generator, look: Look) -> np.ndarray:
@@ -672,26 +684,28 @@ def develop(rgb: np.ndarray, rng: np.random.Generator, look: Look) -> np.ndarray
     return (np.clip(rgb, 0, 1) * 255 + .5).astype(np.uint8)
 
 
-# ---- files --------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def render_view(domain: str, seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """View number `index` of "source", "train" or "val": uint8 [H, W, 3] and label ids, uint8 [H, W]; size is (width, height)."""
+    """View `index` of "source", "train" or "val", size (width, height): uint8 [H, W, 3] and label ids, uint8 [H, W]."""
     look = SOURCE if domain == "source" else TARGET
     name = f"{domain}/{seed}/{index}"
     scene = compose(Random(name), look, *size)
-    return shade(scene, np.random.default_rng(list(name.encode())), look, fractal_noise(seed))
+    grain, stains = fractal_noise(seed, 1.1), fractal_noise(seed, 1.9)
+    return shade(scene, np.random.default_rng(list(name.encode())), look, grain, stains)
 
 
 def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_source: int = 240, n_target: int = 160,
                 n_val: int = 40) -> Path:
     """Renders the pair into root/gta5 and root/cityscapes and returns root; the same seed gives the same bytes.
 
-    size is (width, height) in pixels, the counts are pictures. A pair rendered before with the same settings is kept, one
-    with other settings is replaced as a whole. Raises UserError where root holds anything else.
+    size is (width, height) in pixels, the counts are pictures. A pair rendered before with the same settings is kept,
+    one with other settings is replaced as a whole. Raises UserError where root holds anything else.
     """
     root = Path(root)
-    settings = {"version": VERSION, "seed": seed, "size": list(size), "source": n_source, "target": n_target, "val": n_val}
+    counts = {"source": n_source, "train": n_target, "val": n_val}
+    settings = {"version": VERSION, "seed": seed, "size": list(size), **counts}
     marker = root / "demo.json"
     if root.exists():
         if marker.is_file() and marker.read_text() == json.dumps(settings):
@@ -702,7 +716,7 @@ def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_
     draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
         palette = bytes(c for i in range(256) for c in CLASSES.get(i, (0, 0, 0)))
-        for domain, count in (("source", n_source), ("train", n_target), ("val", n_val)):
+        for domain, count in counts.items():
             for index in range(count):
                 picture, label = render_view(domain, seed, index, size)
                 label = Image.fromarray(label)
@@ -732,8 +746,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to render into")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, nargs=2, default=(192, 96), metavar=("W", "H"), help="pixels")
+    parser.add_argument("--counts", type=int, nargs=3, default=(240, 160, 40), metavar=("SOURCE", "TARGET", "VAL"),
+                        help="pictures")
     args = parser.parse_args()
-    print(render_demo(args.out, args.seed, tuple(args.size)))
+    print(render_demo(args.out, args.seed, tuple(args.size), *args.counts))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,126 @@
+"""lib/datasets/demo.py: layouts on disk, exact labels, the same bytes for the same seed."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.datasets import demo
+from lib.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"size": (96, 48), "n_source": 3, "n_target": 4, "n_val": 2}
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return demo.render_demo(tmp_path_factory.mktemp("demo") / "pair", seed=3, n_source=40, n_target=30, n_val=30)
+
+
+SPLITS = {"source": ("gta5/images/*.png", 40), "train": ("cityscapes/leftImg8bit/train/*/*_leftImg8bit.png", 30),
+          "val": ("cityscapes/leftImg8bit/val/*/*_leftImg8bit.png", 30)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_image_has_its_label_of_known_ids(pair, split):
+    pattern, count = SPLITS[split]
+    images = sorted(pair.glob(pattern))
+    assert len(images) == count
+    pixels = np.zeros(256, np.int64)
+    for path in images:
+        image = Image.open(path)
+        label = str(path).replace("/images/", "/labels/").replace("/leftImg8bit/", "/gtFine/")
+        label = Image.open(label.replace("_leftImg8bit", "_gtFine_labelIds"))
+        assert image.mode == "RGB" and image.size == label.size == (192, 96)
+        assert label.mode == ("P" if split == "source" else "L")
+        pixels += np.bincount(np.asarray(label).ravel(), minlength=256)
+    share = pixels / pixels.sum()
+    assert set(np.flatnonzero(pixels)) <= {*demo.CLASSES, demo.VOID}
+    assert sum(share[i] > .002 for i in demo.CLASSES) >= 12, {i: round(float(share[i]), 4) for i in demo.CLASSES}
+    assert share[demo.VOID] < .03
+
+
+def test_source_labels_carry_the_palette(pair):
+    label = Image.open(pair / "gta5/labels/00001.png")
+    rgb, ids = np.asarray(label.convert("RGB")), np.asarray(label)
+    for i in np.unique(ids):
+        assert (rgb[ids == i] == demo.CLASSES[i]).all()
+
+
+def test_the_domains_look_different_and_are_laid_out_alike(pair):
+    def statistics(pattern):
+        images = np.stack([np.asarray(Image.open(p), np.float32) for p in pair.glob(pattern)])
+        return images.std((1, 2)).mean(), (images.max(3) - images.min(3)).mean()
+
+    (contrast_s, colour_s), (contrast_t, colour_t) = (statistics(SPLITS[k][0]) for k in ("source", "train"))
+    assert contrast_t < contrast_s and colour_t < .5 * colour_s
+
+    def rows(pattern, ids):  # the share of some classes in each row of the pictures
+        return np.mean([np.isin(np.asarray(Image.open(p)), ids).mean(1) for p in pair.glob(pattern)], 0)
+
+    for ids in ([demo.ROAD], [demo.SKY]):
+        a, b = rows("gta5/labels/*.png", ids), rows("cityscapes/gtFine/train/*/*.png", ids)
+        assert np.abs(a - b).mean() < .1
+
+
+def test_labels_follow_the_picture(pair):
+    """Where the label changes the picture changes: its gradient is larger across borders than inside the classes."""
+    border, inside = [], []
+    for path in pair.glob("gta5/images/*.png"):
+        image = np.asarray(Image.open(path), np.float32)
+        label = np.asarray(Image.open(str(path).replace("images", "labels")))
+        step, change = np.abs(np.diff(image, axis=1)).mean(2), np.diff(label.astype(int), axis=1) != 0
+        border.append(step[change].mean())
+        inside.append(step[~change].mean())
+    assert np.mean(border) > 4 * np.mean(inside)
+
+
+def test_same_seed_same_bytes_and_another_seed_another_pair(tmp_path):
+    first, again, other = (files(demo.render_demo(tmp_path / name, seed, **SMALL))
+                           for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert first == again
+    assert first.keys() == other.keys() and len(first) == 2 * (3 + 4 + 2) + 1
+    assert all(first[k] != other[k] for k in first)
+    assert len({v for k, v in first.items() if "leftImg8bit/" in k}) == 6, "training and validation views differ"
+
+
+def test_a_rendered_pair_is_reused_and_other_settings_render_again(tmp_path):
+    root = demo.render_demo(tmp_path / "demo", 1, **SMALL)
+    mark = root / "gta5/images/00001.png"
+    before, stamp = files(root), mark.stat().st_mtime_ns
+    demo.render_demo(root, 1, **SMALL)
+    assert mark.stat().st_mtime_ns == stamp
+    demo.render_demo(root, 1, **{**SMALL, "n_source": 2})
+    assert len(list((root / "gta5/images").iterdir())) == 2
+    demo.render_demo(root, 1, **SMALL)
+    assert files(root) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"], "no draft is left beside"
+
+
+def test_an_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "render_view", stop)
+    with pytest.raises(KeyboardInterrupt):
+        demo.render_demo(tmp_path / "demo", 1, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_files_is_refused_untouched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="other files"):
+        demo.render_demo(tmp_path, 1, **SMALL)
+    assert files(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_the_command_renders_any_size(tmp_path):
+    command = [sys.executable, "-m", "lib.datasets.demo", str(tmp_path / "out"), "--size", "32", "16", "--counts", "2", "1", "1"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert Image.open(tmp_path / "out/gta5/images/00002.png").size == (32, 16)
