@@ -114,9 +114,11 @@ def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, l
 
 def _listed(list_file: Path, by_name: Mapping[str, list[Path]], gt_dir: Path) -> list[Path]:
     lines = _lines(list_file)
+    if not lines:
+        raise UserError(f"{list_file}: the list is empty; it should hold one image a line")
     found = [by_name.get(PurePath(line).with_suffix(".png").name, []) for line in lines]
     wrong = [line for line, labels in zip(lines, found, strict=True) if len(labels) != 1]
-    if wrong or not lines:
+    if wrong:
         raise UserError(f"{list_file}: {len(wrong)} of {len(lines)} images have no label, or several, in {gt_dir}: "
                         + ", ".join(wrong[:LISTED]) + (", ..." if len(wrong) > LISTED else ""))
     return [labels[0] for labels in found]
