@@ -31,10 +31,12 @@ class Views(NamedTuple):
 
 
 class ViewSet(Dataset):
-    """The images of a list, resized to ``size`` (width, height) times each of ``scales``; size None keeps their own."""
+    """The images of a list, resized to ``size`` times each of ``scales``.
 
-    def __init__(self, images: Sequence[Path], size: tuple[int, int] | None, pixels: str,
-                 scales: Sequence[float] = (1.0,)):
+    size: (width, height), or a height alone, to which the width follows in proportion.
+    """
+
+    def __init__(self, images: Sequence[Path], size: tuple[int, int] | int, pixels: str, scales: Sequence[float] = (1.0,)):
         self.images, self.size, self.pixels, self.scales = list(images), size, pixels, scales
 
     def __len__(self) -> int:
@@ -42,7 +44,7 @@ class ViewSet(Dataset):
 
     def __getitem__(self, index: int) -> Views:
         image = read_image(self.images[index])
-        width, height = self.size or image.size
+        width, height = self.size if isinstance(self.size, tuple) else (image.width * self.size / image.height, self.size)
         tensors = [to_tensor(resize(image, None, (round(width * s), round(height * s)))[0], self.pixels)
                    for s in self.scales]
         return Views(tensors, np.asarray(image), index)
@@ -63,6 +65,14 @@ def fold_bn(net: nn.Module) -> nn.Module:
             if isinstance(children[conv], nn.Conv2d) and isinstance(children.get(bn), nn.modules.batchnorm._BatchNorm):
                 setattr(module, conv, fuse_conv_bn_eval(children[conv], children[bn]))
                 setattr(module, bn, nn.Identity())
+    return net
+
+
+def prepare(net: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool = False) -> nn.Module:
+    """The fast form of ``net`` for prediction: BN folded, channels last, weights in ``dtype``, optionally compiled."""
+    net = fold_bn(net).to(dtype=dtype, memory_format=torch.channels_last)
+    if compiled:
+        net.compile()
     return net
 
 
@@ -131,7 +141,7 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
 
     size: (width, height) that images are resized to; label maps are scored at the size of the label.
     """
-    fast = fold_bn(net).to(memory_format=torch.channels_last)
+    fast = prepare(net)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     for index, _, label in predictions(fast, ViewSet(dataset.images, size, pixels), run, workers=workers,
                                        align_corners=align_corners, share=True):

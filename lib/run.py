@@ -28,7 +28,7 @@ def cli(main: Callable[[list[str] | None], int | None]) -> None:
     try:
         code = main(None)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 130

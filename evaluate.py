@@ -1,0 +1,219 @@
+"""Label maps, pictures and scores of a trained network.
+
+    python evaluate.py --restore-from snapshots/adaptsegnet/GTA5_150000.pth            # Cityscapes val, scores, result/cityscapes/*.png
+    python evaluate.py --restore-from FILE --images my_pictures --overlay --save out   # any folder of pictures
+    python compute_iou.py data/Cityscapes/data/gtFine/val result/cityscapes            # scores of the saved maps
+
+FILE is any checkpoint of this project or of the original release; which network it is shows in its keys. Images are resized
+to the working size (bicubic), the logits up-sampled to the size of the file (bilinear) and the best class taken; written are
+NAME.png (class indices, what compute_iou.py reads) and NAME_color.png (colours). Where labels exist, the scores are printed at once.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from lib import checkpoint, metrics, ops, predict, visual
+from lib import run as running
+from lib.datasets.description import Description, load_description, select_classes
+from lib.datasets.folder import ImageFolder
+from lib.datasets.transforms import PIXELS, Augment
+from lib.errors import UserError
+from lib.models.deeplab import ARCHITECTURES, MODELS, build
+
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--restore-from", required=True, metavar="FILE", help="checkpoint")
+    p.add_argument("--model", choices=list(MODELS), help="default: recognised by the checkpoint's keys")
+    p.add_argument("--arch", choices=list(ARCHITECTURES), help="default: recognised")
+    p.add_argument("--aspp", choices=["released", "full"], help="rates summed (default: the checkpoint's, else released)")
+    p.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else caffe")
+    p.add_argument("--num-classes", type=int, help="default: the checkpoint's")
+    p.add_argument("--data", default=None, help="data set: a description or .json (default: the checkpoint's, else cityscapes)")
+    p.add_argument("--data-dir", help="its folder (default: the description's)")
+    p.add_argument("--data-list", help="file with one image a line")
+    p.add_argument("--set", help="which set (default: the description's val)")
+    p.add_argument("--images", metavar="FOLDER", help="any folder of pictures instead, without labels")
+    p.add_argument("--save", help="output folder (default: result/NAME OF THE DATA SET); 'none' writes nothing")
+    p.add_argument("--size", help="width,height to resize to (default: the checkpoint's, else the description's)")
+    p.add_argument("--scales", default="1.0", help="comma-separated; logits are averaged")
+    p.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    p.add_argument("--bn-stats", choices=["running", "target"], default="running",
+                   help="target: re-estimate BN statistics on the images of --bn-set first")
+    p.add_argument("--bn-set", help="set for --bn-stats target (default: the description's train)")
+    p.add_argument("--label-ids", action="store_true", help="also labelIds/NAME.png in the data set's own ids, as its server wants")
+    p.add_argument("--overlay", action="store_true", help="also NAME_overlay.png: colours over the image")
+    p.add_argument("--panels", action="store_true", help="also NAME_panel.png: image, truth if known, prediction, with a legend")
+    p.add_argument("--json", metavar="FILE", help="write the scores there")
+    p.add_argument("--ignore-label", type=int, default=255)
+    p.add_argument("--num-workers", type=int, default=2, help="processes that decode and resize ahead")
+    p.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off",
+                   help="weights and activations in 16 bits (under 1 %% of the label map changes)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: pays from some dozens of images on")
+    p.add_argument("--cpu", action="store_true")
+    p.add_argument("--gpu", type=int, default=0)
+    p.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
+    args = p.parse_args(argv)
+    try:
+        args.scales = [float(s) for s in args.scales.split(",")]
+        if args.size:
+            width, height = (int(n) for n in args.size.split(","))
+            args.size = width, height
+        if min(args.scales) <= 0 or (args.size and min(args.size) < 1):
+            raise ValueError
+    except ValueError:
+        p.error("--scales takes numbers such as 0.9,1.0,1.2 and --size takes width,height such as 1024,512")
+    if args.images and (args.data_dir or args.data_list or args.set):
+        p.error("--images takes the place of --data-dir, --data-list and --set")
+    return args
+
+
+def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict, checkpoint.LoadReport]:
+    """(network, what is known of it, load report) of args.restore_from."""
+    weights, meta = checkpoint.read_weights(args.restore_from)
+    known = {**checkpoint.recognise(weights), **meta}
+    for key in ("model", "arch", "aspp", "pixels"):
+        if getattr(args, key):
+            known[key] = getattr(args, key)
+    known = {"aspp": "released", "pixels": "caffe", "stride_on": "1x1", "task": "cityscapes", "align_corners": True, **known}
+    if args.num_classes not in (None, known["num_classes"]):
+        raise UserError(f"--num-classes {args.num_classes}: {args.restore_from} has {known['num_classes']} classes")
+    net = build(known["model"], known["num_classes"], known["arch"], known["aspp"], known["stride_on"])
+    report = checkpoint.load_into(net, weights, source=args.restore_from)
+    if report.missing or report.mismatched:
+        raise UserError(f"{args.restore_from} does not fill the network: {report}. Is --model or --arch wrong?")
+    return net, known, report
+
+
+def open_images(args: argparse.Namespace, data: Description, task: Description, classes: Sequence[str],
+                pixels: str) -> tuple[list[Path], ImageFolder | None]:
+    """(images, the labelled data set where labels exist)."""
+    if args.images:
+        folder = Path(args.images)
+        if not folder.is_dir():
+            raise UserError(f"--images {folder}: no such folder")
+        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+        if not images:
+            raise UserError(f"--images {folder}: no picture ({', '.join(sorted(PICTURES))})")
+        return images, None
+    root, set_ = args.data_dir or data.root, args.set or data.sets["val"]
+    augment = Augment(data.size, pixels, ignore=args.ignore_label)
+    folder = ImageFolder(data, root, set_, classes, augment, task=task, labelled=data.labels is not None,
+                         list_file=args.data_list)
+    there = [label.is_file() for label in folder.labels or ()]
+    if any(there) and not all(there):
+        raise UserError(f"{sum(there)} of {len(there)} images of {data.name} ({root}, {set_}) have a label; the first without: "
+                        f"{folder.labels[there.index(False)]}. Complete them, or choose images with --data-list")
+    return folder.images, folder if any(there) else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    run = running.start(cpu=args.cpu, gpu=args.gpu, amp="off", seed=0, deterministic=False)
+    ops.use(args.ops)
+    net, known, report = load_network(args)
+    data = load_description(args.data or known["task"])
+    task = load_description(known["task"]) if "classes" in known else data
+    classes = tuple(known.get("classes") or select_classes(task, None, known["num_classes"]))
+    palette = task.palette[[task.classes.index(name) for name in classes]]
+    size = args.size or (known["size"][1] if args.images and "size" in known else tuple(known.get("size", data.size)))
+    images, labelled = open_images(args, data, task, classes, known["pixels"])
+    save = None if args.save == "none" else Path(args.save or f"result/{Path(args.images).name if args.images else data.name}")
+    if args.label_ids and not set(classes) <= set(data.classes):
+        raise UserError(f"--label-ids: {data.name} has no ids for the classes {', '.join(set(classes) - set(data.classes))}")
+
+    running.header(run, {
+        "kernels": ops.backend(), "network": f"{known['model']} {known['arch']}, {len(classes)} classes, ASPP {known['aspp']}",
+        "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
+        "images": f"{len(images)} of {args.images or data.name} at {size}, {'labelled' if labelled else 'no labels'}",
+        "scales": f"{args.scales}{', mirrored too' * args.flip}",
+        "numbers": {"off": "float32"}.get(args.amp, args.amp) + ", compiled" * args.compile, "output": save or "scores only"})
+    net.to(run.device)
+    if args.bn_stats == "target":
+        if args.images:
+            on = images
+        else:
+            set_ = args.bn_set or data.sets["train"]
+            on = ImageFolder(data, args.data_dir or data.root, set_, classes, None, task=task, labelled=False).images
+        run.say(f"BN statistics re-estimated on {len(on)} images")
+        net = predict.reestimate_bn(net, on, size, known["pixels"], run, args.num_workers)
+    net = predict.prepare(net, running.AMP_DTYPES[args.amp] or torch.float32, args.compile)
+
+    check_names(images, save)
+    ids = np.full(256, 0, np.uint8)
+    ids[:len(classes)] = [data.ids[data.classes.index(name)][0] for name in classes] if args.label_ids else 0
+
+    def write(image: np.ndarray, label: np.ndarray, path: Path, truth: np.ndarray | None) -> None:
+        Image.fromarray(label).save(save / f"{path.stem}.png", compress_level=1)
+        visual.save_colour(label, palette, save / f"{path.stem}_color.png")
+        if args.label_ids:
+            (save / "labelIds").mkdir(exist_ok=True)
+            Image.fromarray(ids[label]).save(save / "labelIds" / f"{path.stem}.png", compress_level=1)
+        if args.overlay:
+            visual.overlay(Image.fromarray(image), label, palette).save(save / f"{path.stem}_overlay.png", compress_level=1)
+        if args.panels:
+            cells = {"image": Image.fromarray(image), "prediction": visual.colour_map(label, palette)}
+            if truth is not None:
+                cells = {"image": cells["image"], "truth": visual.colour_map(truth, palette), "prediction": cells["prediction"]}
+            width = min(image.shape[1], 640)
+            key = visual.legend(classes, palette, len(cells) * (width + 4) - 4)
+            visual.panel([list(cells.values())], list(cells), width, key=key).save(save / f"{path.stem}_panel.png")
+
+    if save:
+        save.mkdir(parents=True, exist_ok=True)
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    views = predict.ViewSet(images, size, known["pixels"], args.scales)
+    pending: deque[Future] = deque()
+    started = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        results = predict.predictions(net, views, run, flip=args.flip, align_corners=known["align_corners"],
+                                      workers=args.num_workers, share=True)
+        for index, image, label in tqdm(results, total=len(images) // run.world, unit="image", disable=None if run.is_main else True):
+            truth = labelled.truth(index) if labelled else None
+            if truth is not None:
+                if truth.shape != label.shape:
+                    raise UserError(f"{images[index]} is {image.shape[1]}x{image.shape[0]}, but its label "
+                                    f"{labelled.labels[index]} is {truth.shape[1]}x{truth.shape[0]}")
+                metrics.confusion_matrix(truth, label, len(classes), data.ignore, out=confusion)
+            if save:
+                pending.append(pool.submit(write, image, label, images[index], truth))
+                while len(pending) > 8:
+                    pending.popleft().result()
+        for future in pending:
+            future.result()
+    seconds = time.monotonic() - started
+    run.say(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second)"
+            + (f", written to {save}" if save else ""))
+    if labelled:
+        confusion = run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
+        run.say(metrics.iou_table(classes, {"IoU": confusion}))
+        if args.json and run.is_main:
+            Path(args.json).write_text(json.dumps({"restore_from": args.restore_from, **metrics.iou_dict(classes, confusion)}, indent=1))
+    elif args.json:
+        raise UserError("--json: there are no labels to score against")
+
+
+def check_names(images: Sequence[Path], save: Path | None) -> None:
+    """Predictions lie side by side: two images of one name would overwrite each other."""
+    seen: dict[str, Path] = {}
+    for path in images if save else ():
+        if path.stem in seen:
+            raise UserError(f"{path} and {seen[path.stem]} have the same name and would share one output file")
+        seen[path.stem] = path
+
+
+if __name__ == "__main__":
+    running.cli(main)
