@@ -121,6 +121,6 @@ def test_a_folder_with_other_files_is_refused_untouched(tmp_path):
 
 
 def test_the_command_renders_any_size(tmp_path):
-    command = [sys.executable, "-m", "lib.datasets.demo", str(tmp_path / "out"), "--size", "32", "16", "--counts", "2", "1", "1"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "lib.datasets.demo", str(tmp_path / "out")]
+    subprocess.run([*command, "--size", "32", "16", "--counts", "2", "1", "1"], cwd=ROOT, check=True)
     assert Image.open(tmp_path / "out/gta5/images/00002.png").size == (32, 16)

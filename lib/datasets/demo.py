@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 
 from lib.errors import UserError
 
-VERSION = 1  # raise it when the pictures change: demos rendered before are then rendered again
+VERSION = 2  # raise it when the pictures change: demos rendered before are then rendered again
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN = 7, 8, 11, 12, 13, 17, 19, 20
 VEGETATION, TERRAIN, SKY, PERSON, CAR, BUS, VOID = 21, 22, 23, 24, 26, 28, 0
 CLASSES = {ROAD: (128, 64, 128), SIDEWALK: (244, 35, 232), BUILDING: (70, 70, 70), WALL: (102, 102, 156),
@@ -99,21 +99,21 @@ SOURCE = Look(
     sky=((.30, .54, .90), (.70, .84, .97)), clouds=.35, texture=.05, dirt=.03,
     illumination=(1.06, 1.0, .92), ambient=.52, shadow=.0, haze=.001, haze_colour=(.74, .84, .95),
     gamma=1.0, contrast=1.0, saturation=1.1, brightness=.0, exposure=.05, vignette=.0, blur=.0, noise=.004,
-    traffic=2.2, parked=.35, people=3.0, buses=.5, trees=.45, frontage=(.44, .20, .18, .10, .08), bonnet=.0)
+    traffic=1.8, parked=.35, people=4.5, buses=.7, trees=.45, frontage=(.40, .21, .21, .10, .08), bonnet=.0)
 TARGET = Look(
     asphalt=[(.44, .43, .41), (.50, .48, .45), (.38, .38, .38)],
-    paving=[(.54, .52, .50), (.60, .57, .54), (.50, .46, .44)],
-    facades=[(.60, .55, .46), (.50, .34, .28), (.68, .66, .60), (.46, .47, .48), (.62, .52, .38), (.56, .46, .42)],
+    paving=[(.60, .57, .54), (.66, .62, .58), (.56, .52, .49)],
+    facades=[(.66, .60, .50), (.54, .37, .30), (.74, .72, .66), (.52, .53, .54), (.68, .57, .42), (.62, .50, .45)],
     windows=[(.24, .26, .28), (.38, .41, .43), (.17, .18, .19)],
-    walls=[(.52, .49, .45), (.46, .40, .36)], fences=[(.34, .33, .30), (.30, .36, .32)],
-    leaves=[(.19, .27, .14), (.25, .30, .16), (.15, .23, .15)], grass=[(.36, .40, .22), (.42, .41, .26)],
+    walls=[(.58, .54, .49), (.52, .44, .38)], fences=[(.38, .34, .29), (.32, .38, .36)],
+    leaves=[(.25, .36, .17), (.32, .40, .19), (.20, .31, .18)], grass=[(.40, .48, .23), (.47, .48, .28)],
     poles=[(.42, .43, .43), (.33, .34, .34)],
-    cars=[(.12, .12, .13), (.52, .53, .55), (.74, .74, .74), (.30, .31, .34), (.20, .24, .36), (.44, .12, .12)],
-    clothes=[(.14, .15, .19), (.22, .24, .32), (.40, .36, .32), (.46, .16, .16), (.55, .55, .55)],
-    sky=((.74, .78, .82), (.90, .91, .91)), clouds=.8, texture=.20, dirt=.14,
-    illumination=(.94, 1.0, .98), ambient=.66, shadow=.42, haze=.008, haze_colour=(.82, .85, .86),
-    gamma=1.15, contrast=.82, saturation=.80, brightness=.02, exposure=.14, vignette=.35, blur=.55, noise=.022,
-    traffic=3.4, parked=.65, people=5.0, buses=.5, trees=.60, frontage=(.60, .10, .12, .10, .08), bonnet=.5)
+    cars=[(.12, .12, .13), (.56, .57, .59), (.78, .78, .78), (.30, .31, .34), (.20, .26, .42), (.52, .13, .12)],
+    clothes=[(.14, .15, .19), (.22, .25, .36), (.46, .40, .35), (.54, .17, .16), (.60, .60, .60)],
+    sky=((.74, .79, .84), (.90, .91, .91)), clouds=.8, texture=.15, dirt=.09,
+    illumination=(.96, 1.0, .98), ambient=.66, shadow=.40, haze=.006, haze_colour=(.82, .85, .86),
+    gamma=1.1, contrast=.86, saturation=.85, brightness=.03, exposure=.11, vignette=.30, blur=.45, noise=.018,
+    traffic=2.6, parked=.55, people=6.0, buses=.6, trees=.60, frontage=(.48, .15, .19, .10, .08), bonnet=.5)
 
 
 class Scene:
@@ -121,12 +121,12 @@ class Scene:
 
     def __init__(self, rng: Random, width: int, height: int):
         self.width, self.height = width * SUPERSAMPLING, height * SUPERSAMPLING
-        self.eye = rng.uniform(1.3, 2.1)  # metres above the road
-        self.focal = rng.uniform(.72, .92) * self.width
+        self.eye = rng.uniform(1.5, 2.4)  # metres above the road
+        self.focal = rng.uniform(.78, .98) * self.width
         self.u0 = self.width * rng.uniform(.40, .60)  # vanishing point of the straight road
         self.v0 = self.height * rng.uniform(.38, .50)
         self.curve = rng.uniform(-.0016, .0016)  # the road's middle is at X = middle + curve Z^2
-        self.lanes, self.lane = rng.choice((2, 2, 3, 4)), rng.uniform(3.0, 3.6)
+        self.lanes, self.lane = rng.choice((2, 2, 2, 3, 4)), rng.uniform(2.8, 3.4)
         self.half = self.lanes * self.lane / 2  # of the road without its parking strips
         self.middle = -self.half * rng.uniform(.15, .6)
         azimuth, elevation = rng.uniform(0, 2 * math.pi), rng.uniform(.45, 1.1)
@@ -224,15 +224,15 @@ def ground(s: Scene, rng: Random, look: Look) -> list[dict]:
         parked = rng.random() < look.parked
         edge = s.half + (2.0 if parked else .3)
         kerb = edge + .25
-        verge = rng.uniform(1.0, 2.6) if rng.random() < .4 else 0.0
-        front = kerb + verge + rng.uniform(1.6, 4.2)
+        verge = rng.uniform(1.4, 3.2) if rng.random() < .45 else 0.0
+        front = kerb + verge + rng.uniform(2.2, 4.8)
         strip(sign * edge, sign * front, SIDEWALK, paving, PAVING)
         if verge:
             strip(sign * (kerb + .1), sign * (kerb + verge), TERRAIN, scale(grass, .95), GRASS)
         strip(sign * edge, sign * kerb, SIDEWALK, scale(paving, 1.14), FLAT)
         sides.append({"sign": sign, "edge": edge, "kerb": kerb, "trees": kerb + max(.7, verge / 2), "parked": parked,
                       "walk": (kerb + verge + .4, front - .4),
-                      "front": front + (rng.uniform(1.0, 5.0) if rng.random() < .45 else 0.0)})
+                      "front": front + (rng.uniform(1.5, 6.0) if rng.random() < .5 else 0.0)})
     crossing = rng.uniform(7, 30) if rng.random() < .3 else -9.0
     strip(-sides[0]["edge"], sides[1]["edge"], ROAD, asphalt, ASPHALT, (.86, .86, .82), crossing)
     return sides
@@ -258,8 +258,8 @@ def building(s: Scene, rng: Random, look: Look, sign: int, front: float, z0: flo
 
 def barrier(s: Scene, rng: Random, look: Look, label: int, sign: int, front: float, z0: float, z1: float) -> None:
     """A wall, a fence or a hedge along the street."""
-    colours, material, height = {WALL: (look.walls, BRICK, rng.uniform(1.6, 3.2)),
-                                 FENCE: (look.fences, BARS, rng.uniform(1.2, 2.2)),
+    colours, material, height = {WALL: (look.walls, BRICK, rng.uniform(1.9, 3.4)),
+                                 FENCE: (look.fences, BARS, rng.uniform(1.4, 2.6)),
                                  VEGETATION: (look.leaves, LEAVES, rng.uniform(1.0, 2.4))}[label]
     colour = tone(rng, colours)
     near, far = s.at(sign * front, z0), s.at(sign * front, z1)
@@ -383,7 +383,7 @@ def person(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
     s.disc(x + lean, tall - .05, z, .12, .08, PERSON, (.18, .14, .11))
 
 
-def pole(s: Scene, rng: Random, look: Look, x: float, z: float, height: float, radius: float = .10) -> Colour:
+def pole(s: Scene, rng: Random, look: Look, x: float, z: float, height: float, radius: float = .13) -> Colour:
     colour = tone(rng, look.poles)
     s.cast([(x - radius, 0, z), (x - radius, height, z), (x + radius, height, z), (x + radius, 0, z)])
     s.upright(x - radius, x, 0, height, z, POLE, scale(colour, 1.15))
@@ -400,8 +400,8 @@ def street_lamp(s: Scene, rng: Random, look: Look, x: float, z: float, sign: int
 
 def traffic_light(s: Scene, rng: Random, look: Look, x: float, z: float, sign: int) -> None:
     arm = rng.random() < .35
-    top = rng.uniform(4.8, 5.6) if arm else rng.uniform(2.9, 3.6)
-    colour = pole(s, rng, look, x, z, top + .2, .11)
+    top = rng.uniform(5.0, 5.8) if arm else rng.uniform(3.1, 3.8)
+    colour = pole(s, rng, look, x, z, top + .2, .15)
     heads = [(x, rng.uniform(2.6, 3.2) if arm else top)]
     if arm:
         end = x - sign * rng.uniform(2.5, 4)
@@ -409,14 +409,14 @@ def traffic_light(s: Scene, rng: Random, look: Look, x: float, z: float, sign: i
         heads.append((end, top + .1))
     lit = rng.randrange(3)
     for hx, hy in heads:
-        s.upright(hx - .26, hx + .26, hy - 1.05, hy + .25, z - .05, LIGHT, (.09, .10, .10))
+        s.upright(hx - .36, hx + .36, hy - 1.42, hy + .36, z - .05, LIGHT, (.09, .10, .10))
         for i, lamp in enumerate(((.95, .12, .08), (.98, .70, .10), (.15, .85, .45))):
-            s.disc(hx, hy - i * .40, z - .06, .15, .15, LIGHT, lamp if i == lit else scale(lamp, .28))
+            s.disc(hx, hy - i * .53, z - .06, .22, .22, LIGHT, lamp if i == lit else scale(lamp, .28))
 
 
 def traffic_sign(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
-    y, r = rng.uniform(2.2, 2.9), rng.uniform(.38, .52)
-    pole(s, rng, look, x, z, y + r, .07)
+    y, r = rng.uniform(2.3, 3.0), rng.uniform(.50, .72)
+    pole(s, rng, look, x, z, y + r, .11)
     z -= .05
     red, blue, white, yellow = (.78, .10, .10), (.10, .28, .70), (.92, .92, .90), (.92, .76, .14)
     kind = rng.randrange(5)
@@ -474,11 +474,11 @@ def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
         while z < 70:
             put(z, street_lamp, s.at(sign * (kerb + .35), z), z, sign)
             z += gap
-        for _ in range(rng.choice((0, 1, 1, 2))):
-            z = rng.uniform(7, 26)
+        for _ in range(rng.choice((0, 1, 2, 2))):
+            z = rng.uniform(6, 20)
             put(z, traffic_sign, s.at(sign * (kerb + rng.uniform(.3, .8)), z), z)
-        if rng.random() < .55:
-            z = rng.uniform(8, 24)
+        if rng.random() < .6:
+            z = rng.uniform(7, 20)
             put(z, traffic_light, s.at(sign * (kerb + .3), z), z, sign)
         if side["parked"]:
             z = rng.uniform(4, 9)
@@ -487,13 +487,13 @@ def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
                     put(z, car, sign * (side["edge"] - 1.0), z, sign < 0)
                 z += rng.uniform(5.6, 7)
         for _ in range(round(rng.expovariate(2 / look.people))):
-            z = 5.5 + 26 * rng.random() ** 1.3
+            z = 5 + 22 * rng.random() ** 1.4
             x = s.at(sign * rng.uniform(*side["walk"]), z)
             put(z, person, x, z)
             if rng.random() < .4:
                 put(z + .2, person, x + rng.choice((-.6, .6)), z + .2)
-        if rng.random() < .12:  # on the road
-            z = rng.uniform(9, 25)
+        if rng.random() < .15:  # on the road
+            z = rng.uniform(7, 20)
             put(z, person, s.at(sign * rng.uniform(0, s.half), z), z)
     taken = []
     for mean, kind, length in ((look.buses, bus, 13), (look.traffic, car, 6)):
