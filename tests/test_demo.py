@@ -120,7 +120,14 @@ def test_a_folder_with_other_files_is_refused_untouched(tmp_path):
     assert files(tmp_path) == {"thesis.txt": b"mine"}
 
 
-def test_the_command_renders_any_size(tmp_path):
-    command = [sys.executable, "-m", "lib.datasets.demo", str(tmp_path / "out")]
-    subprocess.run([*command, "--size", "32", "16", "--counts", "2", "1", "1"], cwd=ROOT, check=True)
+def test_the_command_renders_any_size_and_refuses_in_one_line(tmp_path):
+    def call(out: Path):
+        command = [sys.executable, "-m", "lib.datasets.demo", str(out), "--size", "32", "16", "--counts", "2", "1", "1"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    assert call(tmp_path / "out").returncode == 0
     assert Image.open(tmp_path / "out/gta5/images/00002.png").size == (32, 16)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused = call(out)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and str(out) in refused.stderr

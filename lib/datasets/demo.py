@@ -10,8 +10,8 @@ Both domains draw their streets from the same distribution; what separates them 
 import argparse
 import json
 import math
-import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -701,21 +701,26 @@ def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_
     """Renders the pair into root/gta5 and root/cityscapes and returns root; the same seed gives the same bytes.
 
     size is (width, height) in pixels, the counts are pictures. A pair rendered before with the same settings is kept,
-    one with other settings is replaced as a whole. Raises UserError where root holds anything else.
+    one with other settings is replaced as a whole; an interrupted rendering leaves what was there. Raises UserError
+    where root holds anything else or cannot be written.
     """
     root = Path(root)
     counts = {"source": n_source, "train": n_target, "val": n_val}
-    settings = {"version": VERSION, "seed": seed, "size": list(size), **counts}
-    marker = root / "demo.json"
-    if root.exists():
-        if marker.is_file() and marker.read_text() == json.dumps(settings):
-            return root
-        if not root.is_dir() or {p.name for p in root.iterdir()} - {"gta5", "cityscapes", "demo.json"}:
-            raise UserError(f"{root}: holds other files than a demo; name a new or empty folder")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    settings = json.dumps({"version": VERSION, "seed": seed, "size": list(size), **counts})
+
+    def rendered() -> bool:
+        return (root / "demo.json").is_file() and (root / "demo.json").read_text() == settings
+
+    if rendered():
+        return root
+    ours = {"gta5", "cityscapes", "demo.json"}
+    if root.exists() and not (root.is_dir() and {p.name for p in root.iterdir()} <= ours):
+        raise UserError(f"{root}: holds other files than a demo; name a new or empty folder")
+    palette = bytes(c for i in range(256) for c in CLASSES.get(i, (0, 0, 0)))
+    draft = None
     try:
-        palette = bytes(c for i in range(256) for c in CLASSES.get(i, (0, 0, 0)))
+        root.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         for domain, count in counts.items():
             for index in range(count):
                 picture, label = render_view(domain, seed, index, size)
@@ -731,13 +736,17 @@ def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_
                 for image, path in zip((Image.fromarray(picture), label), paths, strict=True):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     image.save(path, compress_level=1)
-        (draft / "demo.json").write_text(json.dumps(settings))
-        os.chmod(draft, 0o755)  # mkdtemp's folder is private
-        if root.exists():
-            shutil.rmtree(root)
-        os.replace(draft, root)
+        (draft / "demo.json").write_text(settings)
+        draft.chmod(0o755)  # mkdtemp's folders are private
+        if not rendered():  # unless another process was faster
+            if root.exists():
+                shutil.rmtree(root)
+            draft.replace(root)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be written ({error.strerror}); name a folder that can") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft:
+            shutil.rmtree(draft, ignore_errors=True)
     return root
 
 
@@ -749,7 +758,11 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs=3, default=(240, 160, 40), metavar=("SOURCE", "TARGET", "VAL"),
                         help="pictures")
     args = parser.parse_args()
-    print(render_demo(args.out, args.seed, tuple(args.size), *args.counts))
+    try:
+        print(render_demo(args.out, args.seed, tuple(args.size), *args.counts))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
