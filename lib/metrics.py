@@ -22,7 +22,7 @@ def joint_histogram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = a.ravel(), b.ravel()
     changes = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
     counts = np.zeros(256 * 256, np.int64)
-    if np.count_nonzero(changes) < len(a) // 4:
+    if np.count_nonzero(changes[::61]) < len(changes[::61]) / 4:
         starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
         codes = a[starts].astype(np.int64) << 8 | b[starts]
         lengths = np.diff(starts, append=len(a))
