@@ -17,25 +17,22 @@ through the network (the release let them change the BN statistics), the mirror,
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, metrics, ops, predict, visual
+from lib import checkpoint, metrics, ops, predict
 from lib import run as running
 from lib.datasets.demo import render_demo
-from lib.datasets.description import Description, load_description, select_classes
-from lib.datasets.folder import ImageFolder, check_apart, check_fully, check_quickly, endless
+from lib.datasets.description import load_description
+from lib.datasets.folder import Pair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment
-from lib.errors import UserError
-from lib.models.deeplab import ARCHITECTURES, MODELS, build, logits_of, set_bn_affine, set_train_mode
+from lib.models.deeplab import ARCHITECTURES, MODELS, build, set_bn_affine, set_train_mode
 from lib.models.discriminator import FCDiscriminator
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
 
@@ -241,45 +238,9 @@ def adapt_backward(net: nn.Module, levels: Sequence[Level], x_s: Tensor, y_s: Te
 # --- the run -------------------------------------------------------------------------------------------------------------------
 
 
-class Data(NamedTuple):
-    source: ImageFolder
-    target: ImageFolder | None
-    validation: ImageFolder | None
-    task: Description
-    classes: tuple[str, ...]
-    size_t: tuple[int, int]
-
-
-def open_data(args: argparse.Namespace, pixels: str, classes: tuple[str, ...] | None = None) -> Data:
-    """All data sets of the run, checked. Raises UserError for whatever would disturb it later."""
-    source, target = load_description(args.source), load_description(args.target)
-    classes = select_classes(target, source, args.num_classes)
-    size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
-    root_s, root_t = args.data_dir or source.root, args.data_dir_target or target.root
-    augment_s = Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label)
-    augment_t = Augment(size_t, pixels, False, args.random_mirror, args.ignore_label)
-    folder_s = ImageFolder(source, root_s, args.source_set or source.sets["source"], classes, augment_s, task=target,
-                           list_file=args.data_list, seed=args.random_seed)
-    folder_t = ImageFolder(target, root_t, args.set or target.sets["train"], classes, augment_t, labelled=False,
-                           list_file=args.data_list_target, seed=args.random_seed + 1)
-    try:
-        validation = ImageFolder(target, root_t, args.val_set or target.sets["val"], classes, augment_t)
-    except UserError:
-        if args.val_set:
-            raise
-        validation = None
-    check = check_fully if args.check_data else check_quickly
-    for folder in (folder_s, folder_t, validation):
-        if folder is not None:
-            check(folder)
-    if validation is not None:
-        check_apart(folder_t, validation)
-    return Data(folder_s, folder_t, validation, target, classes, size_t)
-
-
 class Outcome(NamedTuple):
     net: nn.Module
-    data: Data
+    data: Pair
     confusion: np.ndarray | None  # of the last weights on the validation set
     pixels: str
 
@@ -290,23 +251,26 @@ def train(args: argparse.Namespace) -> Outcome | int:
     ops.use(args.ops)
 
     # initial weights decide the pixel convention and where the stride of a bottleneck stands
-    weights, meta = None, {}
-    if args.restore_from == "imagenet":
-        weights, meta = checkpoint.imagenet_weights("vgg16" if args.model == "DeeplabVGG" else args.arch)
-    elif args.restore_from:
-        weights, meta = checkpoint.read_weights(args.restore_from)
-    pixels = args.pixels or meta.get("pixels", "caffe")
+    backbone = "vgg16" if args.model == "DeeplabVGG" else args.arch
+    weights, meta = checkpoint.initial_weights(args.restore_from, backbone)
+    pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
-    data = open_data(args, pixels)
+    # data
+    source, target = load_description(args.source), load_description(args.target)
+    size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
+    data = open_pair(
+        source, target, Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label),
+        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label), num_classes=args.num_classes,
+        root_s=args.data_dir, root_t=args.data_dir_target, set_s=args.source_set, set_t=args.set, set_val=args.val_set,
+        list_s=args.data_list, list_t=args.data_list_target, seed=args.random_seed, fully=args.check_data)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
         return 0
-    prefix = f"{data.source.description.name.upper()}_"
+    prefix = f"{source.name.upper()}_"
     folder = Path(args.snapshot_dir)
     resume_file = folder / "resume.pth"
 
     # networks
-    stride_on = meta.get("stride_on", "1x1")
     net = build(args.model, len(data.classes), args.arch, args.aspp, stride_on)
     loaded = "none, random weights (the paper starts from ImageNet: --restore-from imagenet or a file)"
     if weights is not None:
@@ -348,11 +312,10 @@ def train(args: argparse.Namespace) -> Outcome | int:
         run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
 
     running.header(run, {
-        "kernels": ops.backend(), "networks": f"{args.model} {args.arch if args.model != 'DeeplabVGG' else 'vgg16'}, "
-        f"{len(data.classes)} classes, ASPP {args.aspp}", "weights": loaded,
+        "kernels": ops.backend(), "networks": f"{args.model} {backbone}, {len(data.classes)} classes, ASPP {args.aspp}", "weights": loaded,
         "batch norm": f"weights {'train' if affine else 'frozen'}, statistics {'update' if args.is_training else 'frozen'}",
-        "pixels": pixels, "source": f"{len(data.source)} images of {args.source} at {data.source.transform.size}",
-        "target": "none in training" if args.source_only else f"{len(data.target)} images of {args.target} at {data.size_t}",
+        "pixels": pixels, "source": f"{len(data.source)} images of {args.source} at {size_s}",
+        "target": "none in training" if args.source_only else f"{len(data.target)} images of {args.target} at {size_t}",
         "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
         "batch": f"{args.batch_size * run.world * args.iter_size} pairs a step = {args.batch_size} x {run.world} processes x "
                  f"{args.iter_size} passes", "steps": f"{first} to {args.num_steps_stop}, SGD {args.sgd}", "output": folder})
@@ -378,14 +341,14 @@ def train(args: argparse.Namespace) -> Outcome | int:
     def meta_of(iteration: int) -> dict[str, object]:
         return {"script": "train_adaptsegnet.py", "iteration": iteration, "model": args.model, "arch": args.arch, "aspp": args.aspp,
                 "stride_on": stride_on, "pixels": pixels, "task": args.target, "classes": list(data.classes),
-                "size": list(data.size_t), "align_corners": True}
+                "size": list(size_t), "align_corners": True}
 
     def evaluate(iteration: int) -> np.ndarray:
         nonlocal best
         judged = net
         if args.bn_stats == "target":
-            judged = predict.reestimate_bn(net, data.target.images, data.size_t, pixels, run, args.num_workers)
-        confusion = predict.score(judged, data.validation, data.size_t, pixels, len(data.classes), run, workers=args.num_workers)
+            judged = predict.reestimate_bn(net, data.target.images, size_t, pixels, run, args.num_workers)
+        confusion = predict.score(judged, data.validation, size_t, pixels, len(data.classes), run, workers=args.num_workers)
         miou = 100 * metrics.mean_iou(confusion)
         if best is None or miou > best["mIoU"]:
             best = {"mIoU": miou, "iteration": iteration}
@@ -394,7 +357,8 @@ def train(args: argparse.Namespace) -> Outcome | int:
         log.scores(iteration, {"mIoU": miou, "best_mIoU": best["mIoU"]})
         run.say(f"iteration {iteration}: target mIoU {miou:.2f} (best {best['mIoU']:.2f} at {best['iteration']})")
         if run.is_main and args.save_num_images:
-            save_pictures(judged, data, pixels, args.save_num_images, folder / "pictures" / f"{iteration}.png", run)
+            predict.pictures({"prediction": judged}, data, size_t, pixels, args.save_num_images,
+                             folder / "pictures" / f"{iteration}.png", run)
         return confusion
 
     # the loop
@@ -452,7 +416,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
     run.barrier()
 
     if data.validation is not None:
-        if confusion is None:  # resumed at the end
+        if confusion is None:  # resumed at its end
             confusion = evaluate(first)
         run.say(metrics.iou_table(data.classes, {"last": confusion}))
         run.say(f"target mIoU: last {100 * metrics.mean_iou(confusion):.2f}, best {best['mIoU']:.2f} (iteration {best['iteration']}, "
@@ -462,22 +426,6 @@ def train(args: argparse.Namespace) -> Outcome | int:
 
 def to_device(x: Tensor, run: running.Run) -> Tensor:
     return x.to(run.device, memory_format=torch.channels_last, non_blocking=True)
-
-
-def save_pictures(net: nn.Module, data: Data, pixels: str, most: int, path: Path, run: running.Run,
-                  columns: Mapping[str, nn.Module] | None = None) -> None:
-    """Panels [image, truth, prediction(s)] of the first ``most`` validation images."""
-    nets = {name: predict.fold_bn(n) for name, n in (columns or {"prediction": net}).items()}
-    palette = np.array([data.task.palette[data.task.classes.index(c)] for c in data.classes])
-    views = predict.ViewSet(data.validation.images, data.size_t, pixels)
-    rows = []
-    for index in np.linspace(0, len(views) - 1, min(most, len(views))).astype(int):
-        item = views[int(index)]
-        maps = [data.validation.truth(int(index))] + [
-            predict.predict(n, item.tensors, item.image.shape[1::-1], run).cpu().numpy() for n in nets.values()]
-        rows.append([Image.fromarray(item.image), *(visual.colour_map(m, palette).convert("RGB") for m in maps)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    visual.panel(rows, ["image", "truth", *nets]).save(path)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -494,7 +442,8 @@ def demo(args: argparse.Namespace) -> int:
     print(metrics.iou_table(outcome.data.classes, {name: o.confusion for name, o in outcomes.items()}))
     report = Path("result/demo/report.png")
     run = running.Run(next(outcome.net.parameters()).device, 0, 1, "off")
-    save_pictures(outcome.net, outcome.data, outcome.pixels, 6, report, run, {name: o.net for name, o in outcomes.items()})
+    predict.pictures({name: o.net for name, o in outcomes.items()}, outcome.data, args.input_size_target, outcome.pixels, 6, report,
+                     run)
     print(f"pictures: {report}")
     return 0
 

@@ -18,8 +18,6 @@ from lib.errors import UserError
 
 CONTAINERS = ("state_dict", "model_state_dict", "weights", "model")
 PREFIXES = ("module.", "_orig_mod.", "Scale.")
-# torchvision counts the pools that DeeplabVGG leaves out: its features.24, 26, 28 are ours 23, 25, 27.
-TORCHVISION_VGG = {f"features.{i}.": f"features.{i - 1}." for i in (24, 26, 28)}
 
 
 def save(value: object, path: Path) -> None:
@@ -83,29 +81,40 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             while (prefix := next((p for p in PREFIXES if key.startswith(p)), None)) is not None:
                 key = key[len(prefix):]
             weights[key] = value
-    if "fc.weight" in weights and "conv1.weight" in weights:
-        meta = {"pixels": "imagenet", "stride_on": "3x3"}
-        weights = {k: v for k, v in weights.items() if not k.startswith("fc.")}
-    elif "classifier.6.weight" in weights:
-        meta = {"pixels": "imagenet"}
-        weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-        for theirs in sorted(TORCHVISION_VGG):
-            for key in [k for k in weights if k.startswith(theirs)]:
-                weights[TORCHVISION_VGG[theirs] + key[len(theirs):]] = weights.pop(key)
+    if "fc.weight" in weights or "classifier.6.weight" in weights:
+        return from_torchvision(weights)
     return weights, meta
 
 
-def imagenet_weights(arch: str) -> tuple[dict[str, Tensor], dict]:
-    """torchvision's ImageNet weights of ``arch`` ("resnet18", "resnet50", "resnet101", "vgg16"), fetched once."""
+def initial_weights(restore_from: str | None, arch: str) -> tuple[dict[str, Tensor] | None, dict]:
+    """(weights, meta) of a file, of torchvision's ImageNet weights ("imagenet"; fetched once), or (None, {}) for None.
+
+    arch: "resnet18", "resnet50", "resnet101" or "vgg16". Raises UserError where the weights cannot be had.
+    """
+    if restore_from is None:
+        return None, {}
+    if restore_from != "imagenet":
+        return read_weights(restore_from)
     try:
         from torchvision.models import get_model_weights
-        file = get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True, weights_only=True)
+        state = get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # a torchvision that does not fit torch raises RuntimeError at import
         raise UserError(f"--restore-from imagenet: torchvision could not give the weights of {arch} ({error}). Install the "
                         "torchvision that fits your torch, go online once, or give a downloaded file") from None
-    path = Path(torch.hub.get_dir()) / "segadapt" / f"{arch}_imagenet.pth"
-    save(file, path)
-    return read_weights(path)
+    return from_torchvision(state)
+
+
+def from_torchvision(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """torchvision's ResNet or VGG-16 under our names, without its linear classifier, and its conventions."""
+    if "fc.weight" in weights:
+        return {k: v for k, v in weights.items() if not k.startswith("fc.")}, {"pixels": "imagenet", "stride_on": "3x3"}
+    renamed = {}
+    for key, value in weights.items():
+        if not key.startswith("classifier."):
+            number = int(key.split(".")[1])
+            # DeeplabVGG leaves pool4 out, which torchvision counts: features.24, 26, 28 are ours 23, 25, 27.
+            renamed[key.replace(f".{number}.", f".{number - (number > 23)}.")] = value
+    return renamed, {"pixels": "imagenet"}
 
 
 def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
@@ -158,9 +167,7 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
             if key in weights:
                 fitting[key] = weights[key]
             continue
-        if key.split(".")[0] in head_names and not heads:
-            report.missing.append(key)
-        elif key not in weights:
+        if key.split(".")[0] in head_names and not heads or key not in weights:
             report.missing.append(key)
         elif weights[key].shape != value.shape:
             report.mismatched.append(key)

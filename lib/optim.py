@@ -6,7 +6,6 @@ every occurrence in turn; newer versions do something else. ReleasedSGD performs
 """
 from __future__ import annotations
 
-
 import torch
 from torch import nn
 

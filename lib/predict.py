@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 
-from lib import ops
+from lib import ops, visual
 from lib.datasets.description import read_image
-from lib.datasets.folder import ImageFolder
+from lib.datasets.folder import ImageFolder, Pair
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix
@@ -47,7 +47,7 @@ class ViewSet(Dataset):
         width, height = self.size if isinstance(self.size, tuple) else (image.width * self.size / image.height, self.size)
         tensors = [to_tensor(resize(image, None, (round(width * s), round(height * s)))[0], self.pixels)
                    for s in self.scales]
-        return Views(tensors, np.asarray(image), index)
+        return Views(tensors, np.array(image), index)
 
 
 def fold_bn(net: nn.Module) -> nn.Module:
@@ -150,3 +150,19 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
             label = np.asarray(Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST))
         confusion += confusion_matrix(truth, label, num_classes, dataset.description.ignore)
     return run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
+
+
+def pictures(nets: Mapping[str, nn.Module], data: Pair, size: tuple[int, int], pixels: str, most: int, path: Path,
+             run: Run) -> None:
+    """Write panels [image, truth, the label map of each named network] of ``most`` validation images, spread over the set."""
+    fast = {name: prepare(net) for name, net in nets.items()}
+    views, rows = ViewSet(data.validation.images, size, pixels), []
+    for index in np.unique(np.linspace(0, len(views) - 1, min(most, len(views))).astype(int)).tolist():
+        item = views[index]
+        maps = [data.validation.truth(index), *(
+            predict(net, item.tensors, item.image.shape[1::-1], run).cpu().numpy() for net in fast.values())]
+        rows.append([Image.fromarray(item.image), *(visual.colour_map(m, data.palette) for m in maps)])
+    width = min(rows[0][0].width, 480)
+    key = visual.legend(data.classes, data.palette, (len(rows[0])) * (width + 4) - 4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    visual.panel(rows, ["image", "truth", *nets], width, key=key).save(path)

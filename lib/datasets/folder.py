@@ -10,9 +10,19 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lib.datasets.description import Description, label_path, label_table, list_images, read_image, read_label
+from lib.datasets.description import (
+    Description,
+    label_path,
+    label_table,
+    list_images,
+    read_image,
+    read_label,
+    select_classes,
+)
 from lib.datasets.transforms import Transform
 from lib.errors import UserError
+
+LISTED = 20  # problems shown in one message
 
 
 class Sample(NamedTuple):
@@ -88,24 +98,65 @@ def endless(dataset: ImageFolder, batch: int, workers: int, *, seed: int, start:
     return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin))
 
 
-def check_quickly(dataset: ImageFolder, most: int = 50) -> None:
-    """What can be checked in about a second at every start: that all labels exist, and ``most`` spread pairs in full.
+class Pair(NamedTuple):
+    """The data of one adaptation run."""
 
-    Raises UserError that lists the problems.
+    source: ImageFolder
+    target: ImageFolder             # without labels
+    validation: ImageFolder | None  # of the target, labelled
+    task: Description               # whose class names the run uses
+    classes: tuple[str, ...]
+
+    @property
+    def palette(self) -> np.ndarray:
+        """uint8 [C, 3]: the colours of ``classes``."""
+        return self.task.palette[[self.task.classes.index(name) for name in self.classes]]
+
+
+def open_pair(source: Description, target: Description, transform_s: Transform, transform_t: Transform, *,
+              num_classes: int | None = None, root_s: str | None = None, root_t: str | None = None, set_s: str | None = None,
+              set_t: str | None = None, set_val: str | None = None, list_s: str | None = None, list_t: str | None = None,
+              seed: int = 0, fully: bool = False) -> Pair:
+    """Source, target and validation sets of a run, checked (``fully``: every file). None takes the descriptions' defaults.
+
+    A validation set that the caller did not name and that is not there is left out. Raises UserError for everything that
+    would disturb the run later.
     """
-    problems = []
-    if dataset.labels is not None:
-        problems += [f"{image}: its label {label} does not exist" for image, label
-                     in zip(dataset.images, dataset.labels, strict=True) if not label.is_file()]
+    classes = select_classes(target, source, num_classes)
+    folder_s = ImageFolder(source, root_s or source.root, set_s or source.sets["source"], classes, transform_s, task=target,
+                           list_file=list_s, seed=seed)
+    folder_t = ImageFolder(target, root_t or target.root, set_t or target.sets["train"], classes, transform_t,
+                           labelled=False, list_file=list_t, seed=seed + 1)
+    try:
+        validation = ImageFolder(target, root_t or target.root, set_val or target.sets["val"], classes, transform_t)
+    except UserError:
+        if set_val:
+            raise
+        validation = None
+    for folder in (folder_s, folder_t, validation):
+        if folder is not None:
+            check(folder, fully)
+    if validation is not None:
+        both = {p.resolve() for p in folder_t.images} & {p.resolve() for p in validation.images}
+        if both:
+            raise UserError(f"{len(both)} images stand in both the training set ({folder_t.set}) and the evaluation set "
+                            f"({validation.set}) of {target.name}, {min(both)} among them: choose another --set, --val-set "
+                            "or list")
+    return Pair(folder_s, folder_t, validation, target, classes)
+
+
+def check(dataset: ImageFolder, fully: bool = False, most: int = 50) -> None:
+    """Raises UserError that lists missing labels, then files that cannot be used: among ``most`` spread over the set (about
+    a second, for every start), or ``fully`` among all (``--check-data``)."""
+    problems = [f"{image}: its label {label} does not exist" for image, label
+                in zip(dataset.images, dataset.labels or (), strict=bool(dataset.labels)) if not label.is_file()]
     if not problems:
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int))
-        problems = list(problems_of(dataset, chosen))
-    raise_problems(problems, dataset)
-
-
-def check_fully(dataset: ImageFolder) -> None:
-    """Decode every image and label of a set (``--check-data``). Raises UserError that lists the problems."""
-    raise_problems(list(problems_of(dataset, range(len(dataset)))), dataset)
+        count = len(dataset) if fully else min(most, len(dataset))
+        problems = list(problems_of(dataset, np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))))
+    if problems:
+        more = [f"... and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
+        raise UserError("\n  ".join([f"{dataset.description.name} ({dataset.root}, {dataset.set}) has {len(problems)} bad "
+                                     f"file{'s' * (len(problems) > 1)}:", *problems[:LISTED], *more]))
 
 
 def problems_of(dataset: ImageFolder, indices: Iterable[int]) -> Iterator[str]:
@@ -119,20 +170,3 @@ def problems_of(dataset: ImageFolder, indices: Iterable[int]) -> Iterator[str]:
         if label is not None and image.size != label.shape[::-1] and not dataset.description.sizes_may_differ:
             yield (f"{dataset.images[index]} is {image.size[0]}x{image.size[1]}, but its label "
                    f"{dataset.labels[index]} is {label.shape[1]}x{label.shape[0]}")
-
-
-def raise_problems(problems: Sequence[str], dataset: ImageFolder, most: int = 20) -> None:
-    if problems:
-        more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
-        raise UserError("\n  ".join([f"{dataset.description.name} ({dataset.root}, {dataset.set}) has "
-                                     f"{len(problems)} bad file{'s' * (len(problems) > 1)}:",
-                                     *problems[:most], *more]))
-
-
-def check_apart(training: ImageFolder, evaluation: ImageFolder) -> None:
-    """Raises UserError when images are trained and scored on at once."""
-    both = {p.resolve() for p in training.images} & {p.resolve() for p in evaluation.images}
-    if both:
-        raise UserError(f"{len(both)} images stand in both the training set ({training.set}) and the evaluation set "
-                        f"({evaluation.set}) of {evaluation.description.name}, {min(both)} among them: choose other "
-                        "--set / --val-set or lists")
