@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 
 from lib.errors import UserError
 
-VERSION = 2  # raise it when the pictures change: demos rendered before are then rendered again
+VERSION = 3  # raise it when the pictures change: demos rendered before are then rendered again
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN = 7, 8, 11, 12, 13, 17, 19, 20
 VEGETATION, TERRAIN, SKY, PERSON, CAR, BUS, VOID = 21, 22, 23, 24, 26, 28, 0
 CLASSES = {ROAD: (128, 64, 128), SIDEWALK: (244, 35, 232), BUILDING: (70, 70, 70), WALL: (102, 102, 156),
@@ -99,7 +99,7 @@ SOURCE = Look(
     sky=((.30, .54, .90), (.70, .84, .97)), clouds=.35, texture=.05, dirt=.03,
     illumination=(1.06, 1.0, .92), ambient=.52, shadow=.0, haze=.001, haze_colour=(.74, .84, .95),
     gamma=1.0, contrast=1.0, saturation=1.1, brightness=.0, exposure=.05, vignette=.0, blur=.0, noise=.004,
-    traffic=1.8, parked=.35, people=4.5, buses=.7, trees=.45, frontage=(.40, .21, .21, .10, .08), bonnet=.0)
+    traffic=1.6, parked=.33, people=6.0, buses=.7, trees=.45, frontage=(.36, .23, .24, .10, .07), bonnet=.0)
 TARGET = Look(
     asphalt=[(.44, .43, .41), (.50, .48, .45), (.38, .38, .38)],
     paving=[(.60, .57, .54), (.66, .62, .58), (.56, .52, .49)],
@@ -110,10 +110,10 @@ TARGET = Look(
     poles=[(.42, .43, .43), (.33, .34, .34)],
     cars=[(.12, .12, .13), (.56, .57, .59), (.78, .78, .78), (.30, .31, .34), (.20, .26, .42), (.52, .13, .12)],
     clothes=[(.14, .15, .19), (.22, .25, .36), (.46, .40, .35), (.54, .17, .16), (.60, .60, .60)],
-    sky=((.74, .79, .84), (.90, .91, .91)), clouds=.8, texture=.15, dirt=.09,
-    illumination=(.96, 1.0, .98), ambient=.66, shadow=.40, haze=.006, haze_colour=(.82, .85, .86),
-    gamma=1.1, contrast=.86, saturation=.85, brightness=.03, exposure=.11, vignette=.30, blur=.45, noise=.018,
-    traffic=2.6, parked=.55, people=6.0, buses=.6, trees=.60, frontage=(.48, .15, .19, .10, .08), bonnet=.5)
+    sky=((.74, .79, .84), (.90, .91, .91)), clouds=.8, texture=.13, dirt=.08,
+    illumination=(.96, 1.0, .98), ambient=.66, shadow=.40, haze=.005, haze_colour=(.82, .85, .86),
+    gamma=1.1, contrast=.88, saturation=.88, brightness=.03, exposure=.10, vignette=.28, blur=.45, noise=.016,
+    traffic=2.4, parked=.50, people=7.5, buses=.6, trees=.60, frontage=(.44, .17, .22, .10, .07), bonnet=.5)
 
 
 class Scene:
@@ -263,7 +263,7 @@ def barrier(s: Scene, rng: Random, look: Look, label: int, sign: int, front: flo
                                  VEGETATION: (look.leaves, LEAVES, rng.uniform(1.0, 2.4))}[label]
     colour = tone(rng, colours)
     near, far = s.at(sign * front, z0), s.at(sign * front, z1)
-    more = (scale(tone(rng, look.grass), .55), .32, height) if label == FENCE else (colour, .6, height)
+    more = (scale(tone(rng, look.grass), .4), .27, height) if label == FENCE else (colour, .6, height)
     s.cast([(near, 0, z0), (near, height, z0), (far, height, z1), (far, 0, z1)])
     if label != FENCE:
         end = near + sign * (.4 if label == WALL else 1.2)
@@ -366,21 +366,21 @@ def person(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
     tall = rng.uniform(1.55, 1.9)
     coat, trousers = tone(rng, look.clothes), scale(tone(rng, look.clothes), .6)
     skin = tone(rng, [(.80, .60, .48), (.55, .38, .28), (.88, .70, .58)])
-    step, lean = rng.uniform(.03, .22), rng.uniform(-.05, .05)
+    step, lean = rng.uniform(.05, .26), rng.uniform(-.05, .05)
     hip, neck = tall * .50, tall * .84
     s.cast([(x - .22, 0, z), (x - .2, tall, z), (x + .2, tall, z), (x + .22, 0, z)])
 
     def quad(bottom: float, top: float, colour: Colour, *x4: float) -> None:
         s.face([(x + dx, y, z) for dx, y in zip(x4, (bottom, top, top, bottom), strict=True)], PERSON, colour)
 
-    quad(0, hip, trousers, -step - .09, -.19, -.01, -step + .09)
-    quad(0, hip, trousers, step - .09, .01, .19, step + .09)
-    quad(hip - .08, neck, coat, -.20, -.26 + lean, .26 + lean, .20)
+    quad(0, hip, trousers, -step - .11, -.23, -.01, -step + .11)
+    quad(0, hip, trousers, step - .11, .01, .23, step + .11)
+    quad(hip - .08, neck, coat, -.25, -.31 + lean, .31 + lean, .25)
     for sign in (-1, 1):
-        hand = sign * (.25 + step / 2)
-        quad(hip, neck, scale(coat, .8), hand - .05, sign * .21 + lean - .05, sign * .21 + lean + .05, hand + .05)
-    s.disc(x + lean, tall - .12, z, .12, .15, PERSON, skin)
-    s.disc(x + lean, tall - .05, z, .12, .08, PERSON, (.18, .14, .11))
+        hand = sign * (.30 + step / 2)
+        quad(hip, neck, scale(coat, .8), hand - .05, sign * .26 + lean - .05, sign * .26 + lean + .05, hand + .05)
+    s.disc(x + lean, tall - .12, z, .15, .17, PERSON, skin)
+    s.disc(x + lean, tall - .05, z, .15, .09, PERSON, (.18, .14, .11))
 
 
 def pole(s: Scene, rng: Random, look: Look, x: float, z: float, height: float, radius: float = .13) -> Colour:
