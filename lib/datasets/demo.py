@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,7 +26,7 @@ from scipy.ndimage import gaussian_filter
 
 from lib.errors import UserError
 
-VERSION = 3  # raise it when the pictures change: demos rendered before are then rendered again
+VERSION = 4  # raise it when the pictures change: demos rendered before are then rendered again
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN = 7, 8, 11, 12, 13, 17, 19, 20
 VEGETATION, TERRAIN, SKY, PERSON, CAR, BUS, VOID = 21, 22, 23, 24, 26, 28, 0
 CLASSES = {ROAD: (128, 64, 128), SIDEWALK: (244, 35, 232), BUILDING: (70, 70, 70), WALL: (102, 102, 156),
@@ -34,6 +35,7 @@ CLASSES = {ROAD: (128, 64, 128), SIDEWALK: (244, 35, 232), BUILDING: (70, 70, 70
            CAR: (0, 0, 142), BUS: (0, 60, 100)}
 
 FLAT, ASPHALT, PAVING, GRASS, FACADE, LEAVES, BRICK, BARS, COACH, HEAVENS = range(10)  # materials
+PLANE, LABEL, MATERIAL, SUN, COLOUR, SECOND, AXIS, SIZES = 0, 3, 4, 5, 6, 9, 12, 15  # first columns of a face record
 WHEEL = [(math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)) for k in range(8)]
 NEAR, FAR = 1.0, 140.0  # metres: clipping plane and the end of the street
 SUPERSAMPLING = 2  # four samples vote on a pixel's label
@@ -307,12 +309,13 @@ def car(s: Scene, rng: Random, look: Look, lateral: float, z: float, towards: bo
     if tall > 2:
         near_cabin, far_cabin = (.9, long - .1) if towards else (.1, long - .9)
     slope, inset = .4, .16
+
     def point(side: float, y: float, dz: float) -> Point:
         return side + lean * dz / long, y, z + dz
 
     underside(s, look, x, lean, z, long, wide, tall)
     seen, inner = (right, right - inset) if x < 0 else (left, left + inset)
-    if min(abs(left), abs(right)) > .1:
+    if right < 0 or left > 0:
         s.face([point(seen, y, dz) for y, dz in ((sill, 0), (belt, 0), (belt, long), (sill, long))], CAR, paint)
         for dz in (long * .82, long * .2):
             s.face([point(seen, .33 + .33 * dy, dz + .33 * dx) for dx, dy in WHEEL], CAR, (.09, .09, .10))
@@ -347,7 +350,7 @@ def bus(s: Scene, rng: Random, look: Look, lateral: float, z: float, towards: bo
     left, right = x - wide / 2, x + wide / 2
     underside(s, look, x, lean, z, long, wide, tall)
     seen = right if x < 0 else left
-    if min(abs(left), abs(right)) > .1:
+    if right < 0 or left > 0:
         s.face([(seen, sill, z), (seen, tall, z), (seen + lean, tall, z + long), (seen + lean, sill, z + long)], BUS,
                paint, COACH, glass, 1.5)
         for dz in (long * .75, long * .2):
@@ -535,7 +538,7 @@ def fractal_noise(seed: int, slope: float, size: int = 256) -> np.ndarray:
     """Tileable multi-octave noise, float32 [size, size], mean 0, standard deviation 1; a larger slope is smoother."""
     f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) * size
     f[0, 0] = np.inf
-    spectrum = np.fft.rfft2(np.random.default_rng(seed).standard_normal((size, size))) / f ** slope
+    spectrum = np.fft.rfft2(np.random.default_rng(list(str(seed).encode())).standard_normal((size, size))) / f ** slope
     noise = np.fft.irfft2(spectrum, s=(size, size))
     return (noise / noise.std()).astype(np.float32)
 
@@ -556,29 +559,30 @@ def shade(s: Scene, rng: np.random.Generator, look: Look, grain: np.ndarray,
     inside = h * w - np.count_nonzero(edge)
     faces = np.array(s.faces, np.float32).T.copy()  # [17, faces]
 
-    def column(i: int, k=slice(None)) -> np.ndarray:
+    def column(i: int, k: np.ndarray | slice = slice(None)) -> np.ndarray:
         return faces[i].take(ids[k])
 
     u, v = (where % s.width).astype(np.float32), (where // s.width).astype(np.float32)
-    z = 1 / np.maximum(column(0) * u + column(1) * v + column(2), 1 / 400)
+    z = 1 / np.maximum(column(PLANE) * u + column(PLANE + 1) * v + column(PLANE + 2), 1 / 400)
     x, y = (u - s.u0) / s.focal * z, s.eye - (v - s.v0) / s.focal * z
-    material = faces[4].astype(np.uint8).take(ids)
+    material = faces[MATERIAL].astype(np.uint8).take(ids)
     flat = (material >= ASPHALT) & (material <= GRASS)
-    along = np.where(flat, x, column(12) * x + column(13) * z - column(14))
+    along = np.where(flat, x, column(AXIS) * x + column(AXIS + 1) * z - column(AXIS + 2))
     up = np.where(flat, z, y)
-    rgb = np.stack([column(i) for i in (6, 7, 8)])  # [3, pixels]
+    rgb = np.stack([column(COLOUR + i) for i in range(3)])  # [3, pixels]
 
     light = 1 + look.texture * .6 * lookup(grain, up * 23, along * 23) + look.dirt * lookup(stains, up * 7, along * 7)
     for kind, pattern in PATTERNS.items():
         k = np.flatnonzero(material == kind)
         if k.size:
-            mask, gain = pattern(s, look, grain, x[k], up[k], z[k], along[k], column(15, k), column(16, k))
+            surface = Surface(x[k], z[k], along[k], up[k], column(SIZES, k), column(SIZES + 1, k))
+            mask, gain = pattern(s, look, grain, surface)
             light[k] += gain
             painted = k[mask]
             for i in range(3):
-                rgb[i, painted] = column(9 + i, painted)
+                rgb[i, painted] = column(SECOND + i, painted)
     lit = 1 - look.shadow * ((np.asarray(s.shade).ravel().take(where) > 0) & flat)
-    sun = np.where(flat, s.sun[1] * lit, column(5))
+    sun = np.where(flat, s.sun[1] * lit, column(SUN))
     light *= look.ambient * (.55 + .45 * lit) + (1 - look.ambient) * 1.45 * sun
     clear = np.exp(-look.haze * np.minimum(z, 200))
     sky = material == HEAVENS
@@ -591,7 +595,7 @@ def shade(s: Scene, rng: np.random.Generator, look: Look, grain: np.ndarray,
         rgb[i] = rgb[i] * light * (look.illumination[i] * clear) + look.haze_colour[i] * (1 - clear)
     picture, label = np.empty((h * w, 3), np.float32), np.empty(h * w, np.uint8)
     picture[~edge], picture[edge] = rgb[:, :inside].T, rgb[:, inside:].reshape(3, -1, n * n).mean(2).T
-    known = faces[3].astype(np.uint8).take(ids)
+    known = faces[LABEL].astype(np.uint8).take(ids)
     # On an edge the commonest of the four samples; of two and two the larger id (poles, people before surfaces).
     a, b, c, d = np.sort(known[inside:].reshape(-1, n * n), 1).T
     label[~edge], label[edge] = known[:inside], np.where(c == d, d, np.where(b == c, c, np.where(a == b, a, d)))
@@ -603,65 +607,74 @@ def lookup(noise: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray
     return noise.ravel().take(((row.astype(np.int32) & 255) << 8) + (column.astype(np.int32) & 255))
 
 
-def wrap(x: np.ndarray, period) -> np.ndarray:
+def wrap(x: np.ndarray, period: float | np.ndarray) -> np.ndarray:
     """x modulo period (numpy's own operator is many times slower)."""
     return x - np.floor(x / period) * period
 
 
-# Each pattern returns which pixels show the face's second colour, and what it adds to the light. x and z are metres in
-# the world, along and up metres on the face, p and q the face's two sizes.
+class Surface(NamedTuple):
+    """What a pattern sees of its pixels, each float32 [pixels], in metres."""
+    x: np.ndarray  # in the world
+    z: np.ndarray
+    along: np.ndarray  # on the face
+    up: np.ndarray
+    p: np.ndarray  # the face's sizes
+    q: np.ndarray
 
 
-def asphalt_pattern(s, look, grain, x, up, z, along, p, q):
-    lateral = x - s.middle - s.curve * z * z
+Pattern = tuple[np.ndarray, np.ndarray]  # which pixels show the face's second colour; what is added to the light
+
+
+def asphalt_pattern(s: Scene, look: Look, grain: np.ndarray, f: Surface) -> Pattern:
+    lateral = f.x - s.middle - s.curve * f.z * f.z
     lane = lateral + s.half
     nearest = np.round(lane / s.lane)
-    dashes = (wrap(z, 7) < 3.2) | (np.abs(lateral) < .5) if s.lanes == 4 else wrap(z, 7) < 3.2
+    dashes = (wrap(f.z, 7) < 3.2) | (np.abs(lateral) < .5) if s.lanes == 4 else wrap(f.z, 7) < 3.2
     mark = (nearest > 0) & (nearest < s.lanes) & (np.abs(lane - nearest * s.lane) < .09) & dashes
     mark |= np.abs(np.abs(lateral) - s.half) < .07
-    mark |= (z > p) & (z < p + 3) & (wrap(lane, 1.0) < .5)  # pedestrian crossing
+    mark |= (f.z > f.p) & (f.z < f.p + 3) & (wrap(lane, 1.0) < .5)  # pedestrian crossing
     return mark, np.where(mark, 0, .03 * np.cos(lane * (4 * np.pi / s.lane)))
 
 
-def paving_pattern(s, look, grain, x, up, z, along, p, q):
-    joint = ((wrap(z, 1.2) < .10) | (wrap(x - s.curve * z * z, 1.2) < .10)) & (z < 16)
-    return np.zeros(z.shape, bool), -.16 * joint
+def paving_pattern(s: Scene, look: Look, grain: np.ndarray, f: Surface) -> Pattern:
+    joint = ((wrap(f.z, 1.2) < .10) | (wrap(f.x - s.curve * f.z * f.z, 1.2) < .10)) & (f.z < 16)
+    return np.zeros(f.z.shape, bool), -.16 * joint
 
 
-def grass_pattern(s, look, grain, x, up, z, along, p, q):
-    return np.zeros(z.shape, bool), (.05 + look.texture * .8) * lookup(grain, z * 9, x * 9)
+def grass_pattern(s: Scene, look: Look, grain: np.ndarray, f: Surface) -> Pattern:
+    return np.zeros(f.z.shape, bool), (.05 + look.texture * .8) * lookup(grain, f.z * 9, f.x * 9)
 
 
-def facade_pattern(s, look, grain, x, up, z, along, p, q):
-    i, j = np.floor(up / p), np.floor(along / q)
-    across, above = along / q - j, up / p - i
-    shop = (i < 1) & (p > 3.2)
+def facade_pattern(s: Scene, look: Look, grain: np.ndarray, f: Surface) -> Pattern:
+    i, j = np.floor(f.up / f.p), np.floor(f.along / f.q)
+    across, above = f.along / f.q - j, f.up / f.p - i
+    shop = (i < 1) & (f.p > 3.2)
     window = (across > .25) & (across < .75) & (above > .28) & (above < .80)
     frame = (across > .20) & (across < .80) & (above > .22) & (above < .86) & ~window & ~shop
     window = np.where(shop, (across > .08) & (across < .92) & (above > .12) & (above < .78), window)
-    pane = .35 * np.clip(lookup(grain, i * 37, j * 91 + q * 1000), -1.5, 2)
+    pane = .35 * np.clip(lookup(grain, i * 37, j * 91 + f.q * 1000), -1.5, 2)
     return window, np.where(window, pane, .14 * frame - .10 * ((above < .05) & (i > 0)))
 
 
-def leaves_pattern(s, look, grain, x, up, z, along, p, q):
-    return np.zeros(z.shape, bool), (.10 + look.texture * .8) * lookup(grain, up * 21, along * 21)
+def leaves_pattern(s: Scene, look: Look, grain: np.ndarray, f: Surface) -> Pattern:
+    return np.zeros(f.z.shape, bool), (.10 + look.texture * .8) * lookup(grain, f.up * 21, f.along * 21)
 
 
-def brick_pattern(s, look, grain, x, up, z, along, p, q):
-    course = np.floor(up / .3)
-    joint = (up / .3 - course < .16) | (wrap(along / .8 + .5 * course, 1) < .08)
-    cap = (q > 0) & (up > q - .22)
-    return np.zeros(z.shape, bool), .12 * cap - .14 * joint * (z < 14) - .12 * (wrap(along, 3) < .12)
+def brick_pattern(s: Scene, look: Look, grain: np.ndarray, f: Surface) -> Pattern:
+    course = np.floor(f.up / .3)
+    joint = (f.up / .3 - course < .16) | (wrap(f.along / .8 + .5 * course, 1) < .08)
+    cap = (f.q > 0) & (f.up > f.q - .22)
+    return np.zeros(f.z.shape, bool), .12 * cap - .14 * joint * (f.z < 14) - .12 * (wrap(f.along, 3) < .12)
 
 
-def bars_pattern(s, look, grain, x, up, z, along, p, q):
-    bar = (wrap(along, p) < .15) | (up > q - .16) | ((up > .2) & (up < .34))
-    return ~bar, np.zeros(z.shape)
+def bars_pattern(s: Scene, look: Look, grain: np.ndarray, f: Surface) -> Pattern:
+    bar = (wrap(f.along, f.p) < .15) | (f.up > f.q - .16) | ((f.up > .2) & (f.up < .34))
+    return ~bar, np.zeros(f.z.shape)
 
 
-def coach_pattern(s, look, grain, x, up, z, along, p, q):
-    pane = (up > 1.35) & (up < 2.5) & (wrap(along, p) > .14)
-    return pane, -.25 * ((up > .8) & (up < .95))
+def coach_pattern(s: Scene, look: Look, grain: np.ndarray, f: Surface) -> Pattern:
+    pane = (f.up > 1.35) & (f.up < 2.5) & (wrap(f.along, f.p) > .14)
+    return pane, -.25 * ((f.up > .8) & (f.up < .95))
 
 
 PATTERNS = {ASPHALT: asphalt_pattern, PAVING: paving_pattern, GRASS: grass_pattern, FACADE: facade_pattern,
