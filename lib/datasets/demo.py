@@ -26,7 +26,7 @@ from scipy.ndimage import gaussian_filter
 
 from lib.errors import UserError
 
-VERSION = 4  # raise it when the pictures change: demos rendered before are then rendered again
+VERSION = 5  # raise it when the pictures change: demos rendered before are then rendered again
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN = 7, 8, 11, 12, 13, 17, 19, 20
 VEGETATION, TERRAIN, SKY, PERSON, CAR, BUS, VOID = 21, 22, 23, 24, 26, 28, 0
 CLASSES = {ROAD: (128, 64, 128), SIDEWALK: (244, 35, 232), BUILDING: (70, 70, 70), WALL: (102, 102, 156),
@@ -242,7 +242,7 @@ def ground(s: Scene, rng: Random, look: Look) -> list[dict]:
 
 def building(s: Scene, rng: Random, look: Look, sign: int, front: float, z0: float, z1: float, tall: float) -> None:
     floor, bay = rng.uniform(2.8, 3.6), rng.uniform(2.0, 3.6)
-    height = floor * max(1, round(tall * rng.uniform(.6, 1.4))) + rng.uniform(.5, 1.0)
+    height = floor * max(1, round(tall * rng.uniform(.6, 1.4))) + rng.uniform(.3, .7)
     colour, glass = tone(rng, look.facades), tone(rng, look.windows)
     near, far = s.at(sign * front, z0), s.at(sign * front, z1)
     deep = near + sign * rng.uniform(8, 14)
@@ -521,7 +521,7 @@ def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
 
 def skyline(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
     if rng.random() < .5:
-        wide, tall = rng.uniform(6, 14), rng.uniform(6, 22)
+        wide, tall = rng.uniform(6, 14), 3.2 * rng.randrange(2, 8) + .5
         glass = tone(rng, look.windows)
         s.upright(x - wide, x + wide, 0, tall, z, BUILDING, tone(rng, look.facades), FACADE, glass, 3.2, 3.0)
     else:
