@@ -13,8 +13,9 @@ not know and predictions outside the classes are listed, all at once, and nothin
 evaluation skipped some of these and miscounted others.
 
 --classes 13 or 16 (SYNTHIA's), or a list of names, scores those classes the way the field does: pixels whose truth is
-another class are ignored; on the remaining ones the prediction of another class counts as wrong. --devkit_dir reads the
-original release's folder (info.json, label.txt, val.txt) instead of a description.
+another class are ignored; on the remaining ones the prediction of another class counts as wrong. --predicted 16 says
+that the predictions' values are places in that list (0..15), not in the data set's; by default it scores those.
+--devkit_dir reads the original release's folder (info.json, label.txt, val.txt) instead of a description.
 
 --workers processes; by default one for every 50 images, as far as there are processors: for a few images starting them
 costs more than it gains. Nothing here imports torch, so that the scores come at once.
@@ -55,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", type=Path, metavar="FILE", help="score only the images of this list, one a line")
     parser.add_argument("--devkit_dir", type=Path, metavar="DIR", help="folder with info.json, label.txt and val.txt")
     parser.add_argument("--classes", help="13, 16 or another subset of the data set, or class names with commas")
+    parser.add_argument("--predicted", metavar="CLASSES", help="likewise, what the predictions' values number")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and confusion matrix there")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for every 50 images)")
     args = parser.parse_args(argv)
@@ -156,20 +158,23 @@ def read_devkit(devkit: Path, gt_dir: Path, pred_dir: Path) -> tuple[tuple[str, 
 
 
 def choose_classes(text: str | None, names: Sequence[str], subsets: Mapping[str, Sequence[str]]) -> list[int]:
-    """The places in `names` of the classes that `--classes` asks for; all without it. Raises UserError."""
+    """The places in `names` of the classes that --classes or --predicted asks for; all for None. Raises UserError."""
     if text is None or text == str(len(names)):
         return list(range(len(names)))
     chosen = subsets.get(text) or [name.strip() for name in text.split(",")]
     unknown = [name for name in chosen if name not in names]
     if unknown or len(set(chosen)) < len(chosen):
-        raise UserError(f"--classes {text}: {', '.join(unknown) or 'a class given twice'}; the choice is "
+        raise UserError(f"no classes '{text}': {', '.join(unknown) or 'one is given twice'}; the choice is "
                         f"{', '.join([*subsets, str(len(names))])}, or names out of {', '.join(names)}")
     return [names.index(name) for name in chosen]
 
 
-def score_pair(pair: Pair, read: Callable[[Path], np.ndarray], table: np.ndarray, num_classes: int
-               ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-    """(confusion matrix int64 [C, C], []) of one pair, or (None, its problems as (kind, text))."""
+def score_pair(pair: Pair, read: Callable[[Path], np.ndarray], table: np.ndarray, num_classes: int,
+               predicted: Sequence[int]) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
+    """(confusion matrix int64 [C, C], []) of one pair, or (None, its problems as (kind, text)).
+
+    `table` [256] leads the values that `read` finds in a label to classes, `predicted` those of the prediction.
+    """
     label, prediction = pair
     if not prediction.is_file():
         return None, [("missing predictions", str(prediction))]
@@ -182,23 +187,27 @@ def score_pair(pair: Pair, read: Callable[[Path], np.ndarray], table: np.ndarray
         return None, [("predictions of another size than their label", f"{prediction}: {sizes}")]
     joint = joint_histogram(truth, guess)
     unknown = np.flatnonzero(joint.any(1) & (table < 0))
-    beyond = np.flatnonzero(joint.any(0)[num_classes:]) + num_classes
+    beyond = np.flatnonzero(joint.any(0)[len(predicted):]) + len(predicted)
     problems = []
     if len(unknown):
         problems.append(("labels with values that the data set does not list", f"{label}: {listed(unknown)}"))
     if len(beyond):
-        problems.append((f"predictions outside 0..{num_classes - 1}", f"{prediction}: {listed(beyond)}"))
-    return (None if problems else fold_histogram(joint, table, num_classes)), problems
+        problems.append((f"predictions outside 0..{len(predicted) - 1}", f"{prediction}: {listed(beyond)}"))
+    if problems:
+        return None, problems
+    columns = np.zeros_like(joint)
+    columns[:, predicted] = joint[:, :len(predicted)]
+    return fold_histogram(columns, table, num_classes), []
 
 
 def score(pairs: Sequence[Pair], read: Callable[[Path], np.ndarray], table: np.ndarray, num_classes: int,
-          workers: int | None = None) -> np.ndarray:
+          predicted: Sequence[int], workers: int | None = None) -> np.ndarray:
     """int64 [C, C]: the confusion matrix of all pairs. Raises one UserError that lists every problem found."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, min(cores, len(pairs) // 50))
     np.empty(31 << 20, np.uint8)  # freed at once: glibc then keeps one image's memory for the next, a fifth faster
-    task = partial(score_pair, read=read, table=table, num_classes=num_classes)
+    task = partial(score_pair, read=read, table=table, num_classes=num_classes, predicted=predicted)
     if workers == 1:
         return _sum(map(task, pairs), len(pairs), num_classes)
     from concurrent.futures import ProcessPoolExecutor  # here, since a small run need not wait for it
@@ -237,8 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         data, read, subsets = d.name, partial(label_values, d=d), d.subsets
         names, table = d.classes, label_table(d, d.classes)
         pairs = find_pairs(d, args.gt_dir, args.pred_dir, args.set, args.list)
-    keep = choose_classes(args.classes, names, subsets)
-    confusion = restrict(score(pairs, read, table, len(names), args.workers), keep)
+    predicted = choose_classes(args.predicted, names, subsets)
+    keep = choose_classes(args.classes or args.predicted, names, subsets)
+    confusion = restrict(score(pairs, read, table, len(names), predicted, args.workers), keep)
     scored = [names[c] for c in keep]
 
     print("Num classes", len(scored))

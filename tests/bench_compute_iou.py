@@ -138,7 +138,8 @@ def main() -> None:
             pairs.append((label, prediction))
 
         def ours(label: Path, prediction: Path) -> np.ndarray:
-            return score_pair((label, prediction), partial(label_values, d=DATA), TABLE, NUM_CLASSES)[0]
+            return score_pair((label, prediction), partial(label_values, d=DATA), TABLE, NUM_CLASSES,
+                              range(NUM_CLASSES))[0]
 
         decoded = {pair: (read_indices(pair[0]), read_indices(pair[1])) for pair in pairs}
         ways = {"this project": ours, "the original way": original_way}

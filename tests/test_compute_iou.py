@@ -174,6 +174,25 @@ def test_scores_over_a_subset(tmp_path, pairs, classes):
     assert scores["confusion_columns"][:len(keep)] == list(names) and len(scores["confusion_columns"]) == 19
 
 
+def test_predictions_may_number_fewer_classes(tmp_path, pairs):
+    keep = [CITYSCAPES.classes.index(name) for name in CITYSCAPES.subsets["16"]]
+    confusion = np.zeros((19, 19), np.int64)
+    for name in NAMES:
+        truth, path = np.array(Image.open(label_file(tmp_path, name))), tmp_path / "pred" / f"{name}_leftImg8bit.png"
+        guess = np.array(Image.open(path)) % 16
+        save(guess, path)
+        labelled = np.isin(truth, IDS)
+        np.add.at(confusion, (np.searchsorted(IDS, truth[labelled]), np.array(keep)[guess[labelled]]), 1)
+    run(tmp_path, tmp_path / "pred", "--predicted", "16", "--json", tmp_path / "s.json")
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert list(scores["iou"]) == list(CITYSCAPES.subsets["16"])
+    assert list(scores["iou"].values()) == iou_by_hand(confusion, keep)
+    done = run(tmp_path, tmp_path / "pred", "--predicted", "16", "--classes", "13")
+    assert done.stdout.startswith("Num classes 13\n")
+    save(np.full_like(guess, 16), path)
+    assert "predictions outside 0..15" in refused(tmp_path, tmp_path / "pred", "--predicted", "16")
+
+
 def test_processes_change_nothing(tmp_path, pairs):
     one, two = (run(tmp_path, tmp_path / "pred", "--workers", n) for n in (1, 2))
     assert one.returncode == 0 and one.stdout == two.stdout
@@ -265,7 +284,7 @@ def test_mistakes_on_the_command_line_are_named(tmp_path, pairs):
     assert "no label of the set 'test'" in refused(*good, "--set", "test")
     assert "--set train has no meaning" in refused(tmp_path / "gtFine/val", tmp_path / "pred", "--set", "train")
     assert "tram; the choice is 16, 13, 19, or names out of road," in refused(*good, "--classes", "road,tram")
-    assert "a class given twice" in refused(*good, "--classes", "road,road")
+    assert "one is given twice" in refused(*good, "--classes", "road,road")
     assert "no data set 'kitti'" in refused(*good, "--data", "kitti")
     assert "--workers" in refused(*good, "--workers", "0")
     assert "no such folder" in refused(*good, "--json", tmp_path / "nowhere/s.json")
