@@ -1,12 +1,13 @@
 """Label maps, pictures and scores of a trained network.
 
-    python evaluate.py --restore-from snapshots/adaptsegnet/GTA5_150000.pth            # Cityscapes val, scores, result/cityscapes/*.png
+    python evaluate.py --restore-from snapshots/adaptsegnet/GTA5_150000.pth            # Cityscapes val
     python evaluate.py --restore-from FILE --images my_pictures --overlay --save out   # any folder of pictures
     python compute_iou.py data/Cityscapes/data/gtFine/val result/cityscapes            # scores of the saved maps
 
-FILE is any checkpoint of this project or of the original release; which network it is shows in its keys. Images are resized
-to the working size (bicubic), the logits up-sampled to the size of the file (bilinear) and the best class taken; written are
-NAME.png (class indices, what compute_iou.py reads) and NAME_color.png (colours). Where labels exist, the scores are printed at once.
+FILE is any checkpoint of this project or of the original release; which network it is shows in its keys. Images are
+resized to the working size (bicubic), the logits up-sampled to the size of the file (bilinear) and the best class
+taken; written are NAME.png (places in the data set's list of classes, what compute_iou.py reads) and NAME_color.png
+(colours). Where labels exist, the scores are printed at once.
 """
 from __future__ import annotations
 
@@ -39,10 +40,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--restore-from", required=True, metavar="FILE", help="checkpoint")
     p.add_argument("--model", choices=list(MODELS), help="default: recognised by the checkpoint's keys")
     p.add_argument("--arch", choices=list(ARCHITECTURES), help="default: recognised")
-    p.add_argument("--aspp", choices=["released", "full"], help="rates summed (default: the checkpoint's, else released)")
+    p.add_argument("--aspp", choices=["released", "full"], help="default: the checkpoint's, else released")
     p.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else caffe")
     p.add_argument("--num-classes", type=int, help="default: the checkpoint's")
-    p.add_argument("--data", default=None, help="data set: a description or .json (default: the checkpoint's, else cityscapes)")
+    p.add_argument("--data", help="a description or .json (default: the checkpoint's target, else cityscapes)")
     p.add_argument("--data-dir", help="its folder (default: the description's)")
     p.add_argument("--data-list", help="file with one image a line")
     p.add_argument("--set", help="which set (default: the description's val)")
@@ -54,15 +55,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--bn-stats", choices=["running", "target"], default="running",
                    help="target: re-estimate BN statistics on the images of --bn-set first")
     p.add_argument("--bn-set", help="set for --bn-stats target (default: the description's train)")
-    p.add_argument("--label-ids", action="store_true", help="also labelIds/NAME.png in the data set's own ids, as its server wants")
+    p.add_argument("--label-ids", action="store_true",
+                   help="also labelIds/NAME.png in the data set's own ids, as its server wants")
     p.add_argument("--overlay", action="store_true", help="also NAME_overlay.png: colours over the image")
-    p.add_argument("--panels", action="store_true", help="also NAME_panel.png: image, truth if known, prediction, with a legend")
+    p.add_argument("--panels", action="store_true", help="also NAME_panel.png: image, truth if known, prediction")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
     p.add_argument("--ignore-label", type=int, default=255)
     p.add_argument("--num-workers", type=int, default=2, help="processes that decode and resize ahead")
     p.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off",
                    help="weights and activations in 16 bits (under 1 %% of the label map changes)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: pays from some dozens of images on")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: pays from dozens of images on")
     p.add_argument("--cpu", action="store_true")
     p.add_argument("--gpu", type=int, default=0)
     p.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
@@ -88,7 +90,8 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict, check
     for key in ("model", "arch", "aspp", "pixels"):
         if getattr(args, key):
             known[key] = getattr(args, key)
-    known = {"aspp": "released", "pixels": "caffe", "stride_on": "1x1", "task": "cityscapes", "align_corners": True, **known}
+    known = {"aspp": "released", "pixels": "caffe", "stride_on": "1x1", "task": "cityscapes", "align_corners": True,
+             **known}
     if args.num_classes not in (None, known["num_classes"]):
         raise UserError(f"--num-classes {args.num_classes}: {args.restore_from} has {known['num_classes']} classes")
     net = build(known["model"], known["num_classes"], known["arch"], known["aspp"], known["stride_on"])
@@ -115,8 +118,8 @@ def open_images(args: argparse.Namespace, data: Description, task: Description, 
                          list_file=args.data_list)
     there = [label.is_file() for label in folder.labels or ()]
     if any(there) and not all(there):
-        raise UserError(f"{sum(there)} of {len(there)} images of {data.name} ({root}, {set_}) have a label; the first without: "
-                        f"{folder.labels[there.index(False)]}. Complete them, or choose images with --data-list")
+        raise UserError(f"{sum(there)} of {len(there)} images of {data.name} ({root}, {set_}) have a label; not there: "
+                        f"{folder.labels[there.index(False)]}. Complete them, or choose with --data-list")
     return folder.images, folder if any(there) else None
 
 
@@ -131,16 +134,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     palette = task.palette[[task.classes.index(name) for name in classes]]
     size = args.size or (known["size"][1] if args.images and "size" in known else tuple(known.get("size", data.size)))
     images, labelled = open_images(args, data, task, classes, known["pixels"])
-    save = None if args.save == "none" else Path(args.save or f"result/{Path(args.images).name if args.images else data.name}")
-    if args.label_ids and not set(classes) <= set(data.classes):
-        raise UserError(f"--label-ids: {data.name} has no ids for the classes {', '.join(set(classes) - set(data.classes))}")
+    save = Path(args.save or f"result/{Path(args.images).name if args.images else data.name}")
+    save = None if args.save == "none" else save
+    if args.label_ids and (data.encoding == "rgb" or not set(classes) <= set(data.classes)):
+        lacking = ", ".join(sorted(set(classes) - set(data.classes))) or "which are colours"
+        raise UserError(f"--label-ids: {data.name} has no ids for the classes {lacking}")
 
     running.header(run, {
-        "kernels": ops.backend(), "network": f"{known['model']} {known['arch']}, {len(classes)} classes, ASPP {known['aspp']}",
+        "kernels": ops.backend(),
+        "network": f"{known['model']} {known['arch']}, {len(classes)} classes, ASPP {known['aspp']}",
         "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
         "images": f"{len(images)} of {args.images or data.name} at {size}, {'labelled' if labelled else 'no labels'}",
         "scales": f"{args.scales}{', mirrored too' * args.flip}",
-        "numbers": {"off": "float32"}.get(args.amp, args.amp) + ", compiled" * args.compile, "output": save or "scores only"})
+        "numbers": {"off": "float32"}.get(args.amp, args.amp) + ", compiled" * args.compile,
+        "output": save or "scores only"})
     net.to(run.device)
     if args.bn_stats == "target":
         if args.images:
@@ -153,21 +160,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     net = predict.prepare(net, running.AMP_DTYPES[args.amp] or torch.float32, args.compile)
 
     check_names(images, save)
-    ids = np.full(256, 0, np.uint8)
-    ids[:len(classes)] = [data.ids[data.classes.index(name)][0] for name in classes] if args.label_ids else 0
+    # what is written: the data set's own numbering, so that compute_iou.py can read the maps of 16 or 13 classes too
+    places, ids = np.arange(256, dtype=np.uint8), np.zeros(256, np.uint8)
+    if set(classes) <= set(data.classes):
+        places[:len(classes)] = [data.classes.index(name) for name in classes]
+        ids[:len(classes)] = [data.ids[place][0] for place in places[:len(classes)]] if data.encoding != "rgb" else 0
 
     def write(image: np.ndarray, label: np.ndarray, path: Path, truth: np.ndarray | None) -> None:
-        Image.fromarray(label).save(save / f"{path.stem}.png", compress_level=1)
+        Image.fromarray(places[label]).save(save / f"{path.stem}.png", compress_level=1)
         visual.save_colour(label, palette, save / f"{path.stem}_color.png")
         if args.label_ids:
             (save / "labelIds").mkdir(exist_ok=True)
             Image.fromarray(ids[label]).save(save / "labelIds" / f"{path.stem}.png", compress_level=1)
         if args.overlay:
-            visual.overlay(Image.fromarray(image), label, palette).save(save / f"{path.stem}_overlay.png", compress_level=1)
+            mixed = visual.overlay(Image.fromarray(image), label, palette)
+            mixed.save(save / f"{path.stem}_overlay.png", compress_level=1)
         if args.panels:
-            cells = {"image": Image.fromarray(image), "prediction": visual.colour_map(label, palette)}
-            if truth is not None:
-                cells = {"image": cells["image"], "truth": visual.colour_map(truth, palette), "prediction": cells["prediction"]}
+            cells = {"image": Image.fromarray(image)}
+            cells |= {} if truth is None else {"truth": visual.colour_map(truth, palette)}
+            cells["prediction"] = visual.colour_map(label, palette)
             width = min(image.shape[1], 640)
             key = visual.legend(classes, palette, len(cells) * (width + 4) - 4)
             visual.panel([list(cells.values())], list(cells), width, key=key).save(save / f"{path.stem}_panel.png")
@@ -181,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ThreadPoolExecutor(2) as pool:
         results = predict.predictions(net, views, run, flip=args.flip, align_corners=known["align_corners"],
                                       workers=args.num_workers, share=True)
-        for index, image, label in tqdm(results, total=len(images) // run.world, unit="image", disable=None if run.is_main else True):
+        bar = tqdm(results, total=len(images) // run.world, unit="image", disable=None if run.is_main else True)
+        for index, image, label in bar:
             truth = labelled.truth(index) if labelled else None
             if truth is not None:
                 if truth.shape != label.shape:
@@ -201,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         confusion = run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
         run.say(metrics.iou_table(classes, {"IoU": confusion}))
         if args.json and run.is_main:
-            Path(args.json).write_text(json.dumps({"restore_from": args.restore_from, **metrics.iou_dict(classes, confusion)}, indent=1))
+            scores = {"restore_from": args.restore_from, **metrics.iou_dict(classes, confusion)}
+            Path(args.json).write_text(json.dumps(scores, indent=1) + "\n")
     elif args.json:
         raise UserError("--json: there are no labels to score against")
 

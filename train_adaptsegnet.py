@@ -3,16 +3,17 @@
 Tsai, Hung, Schulter, Sohn, Yang, Chandraker: "Learning to Adapt Structured Output Space for Semantic Segmentation",
 CVPR 2018, https://arxiv.org/abs/1802.10349. Results: README.md, section "AdaptSegNet".
 
-    python train_adaptsegnet.py --multi-level --demo                      # a miniature pair, minutes on a laptop
-    python train_adaptsegnet.py --multi-level --restore-from imagenet     # GTA5 in data/GTA5 to Cityscapes in data/Cityscapes/data
+    python train_adaptsegnet.py --multi-level --demo                    # a miniature pair, minutes on a laptop
+    python train_adaptsegnet.py --multi-level --restore-from imagenet   # data/GTA5 to data/Cityscapes/data
 
-A segmentation network G is trained on labelled source images (Eq. 3), while discriminators D_i on its softmax maps, one a
-level i, are trained to tell the domains apart (Eq. 2) and G to make target maps pass for source maps (Eq. 4 and 5).
+A segmentation network G is trained on labelled source images (Eq. 3), while discriminators D_i on its softmax maps,
+one a level i, are trained to tell the domains apart (Eq. 2) and G to make target maps pass for source maps (Eq. 4, 5).
 
-Where paper and released code differ, this follows the code, which made the published numbers: no Nesterov momentum, no
-up-sampling layer in D, only rates 6 and 12 of the head (--aspp full adds the others), the release's repeated SGD updates
-(--sgd released, see lib/optim.py). It deviates from the code where that could only hurt: --source-only runs no target image
-through the network (the release let them change the BN statistics), the mirror, scale, seed and picture flags act.
+Where paper and released code differ, this follows the code, which made the published numbers: no Nesterov momentum,
+no up-sampling layer in D, only rates 6 and 12 of the head (--aspp full adds the others), the release's repeated SGD
+updates (--sgd released, see lib/optim.py). It deviates from the code where that could only hurt: --source-only runs no
+target image through the network (the release let them change the BN statistics), and the mirror, scale, seed and
+picture flags act.
 """
 from __future__ import annotations
 
@@ -38,12 +39,12 @@ from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
 
 SOURCE, TARGET = 0, 1  # domain labels of the code; the paper writes the reverse
 # Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
-FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", "eval_every", "log_every", "log_dir", "tensorboard",
-                  "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile", "restore_from"}
+FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", "eval_every", "log_every", "log_dir",
+                  "tensorboard", "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile"}
 # --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
-DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes", arch="resnet18",
-            input_size=(192, 96), input_size_target=(192, 96), snapshot_dir="snapshots/demo", num_steps=600, batch_size=2,
-            learning_rate=2.5e-3, save_pred_every=200, num_workers=0, sgd="once", random_mirror=True)
+DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
+            arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), snapshot_dir="snapshots/demo",
+            num_steps=600, batch_size=2, learning_rate=2.5e-3, save_pred_every=200, num_workers=0, random_mirror=True)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -54,27 +55,29 @@ def size(text: str) -> tuple[int, int]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     method = p.add_argument_group("method")
     method.add_argument("--multi-level", action="store_true", help="two levels: DeeplabMulti and its lambdas")
     method.add_argument("--source-only", action="store_true", help="no adaptation, no target image in training")
-    method.add_argument("--gan", choices=["Vanilla", "LS"], default="Vanilla", help="cross-entropy or squared error on D's scores")
+    method.add_argument("--gan", choices=["Vanilla", "LS"], default="Vanilla", help="cross-entropy or squared error")
     method.add_argument("--adapt", choices=["output", "feature"], default="output", help="what D sees")
-    method.add_argument("--lambda-seg", type=float, help="weight of the auxiliary level's segmentation loss (0.1 multi-level, else 0)")
-    method.add_argument("--lambda-adv-target1", type=float, help="adversarial weight of the auxiliary level (0.0002 multi-level)")
-    method.add_argument("--lambda-adv-target2", type=float, help="adversarial weight of the main level (0.001; 0.01 single-level with LS)")
-    method.add_argument("--demo", action="store_true", help="render a small pair, train source-only and adapted, compare")
+    method.add_argument("--lambda-seg", type=float, help="segmentation, auxiliary level (0.1 multi-level, else 0)")
+    method.add_argument("--lambda-adv-target1", type=float, help="adversarial, auxiliary level (0.0002 multi-level)")
+    method.add_argument("--lambda-adv-target2", type=float, help="adversarial, main level (0.001; 0.01 with LS)")
+    method.add_argument("--demo", action="store_true", help="render a small pair, train source-only and adapted")
     net = p.add_argument_group("networks")
     net.add_argument("--model", choices=["DeepLab", *MODELS], default="DeepLab", help="DeepLab: by --multi-level")
     net.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101")
     net.add_argument("--aspp", choices=["released", "full"], default="released", help="rates summed: 6, 12 or all four")
     net.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
     net.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
-    net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: that of the weights, else caffe)")
-    net.add_argument("--num-classes", type=int, help="a named choice of the target's classes (default: all that the source labels)")
+    net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
+    net.add_argument("--num-classes", type=int, help="how many of the target's classes (default: all shared)")
     net.add_argument("--bn-affine", choices=["auto", "train", "frozen"], default="auto",
                      help="BN weights and biases; auto: frozen, but trained from random weights")
-    net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=True, help="BN statistics update while training")
+    net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=True,
+                     help="BN statistics update while training")
     net.add_argument("--freeze-bn", dest="is_training", action="store_false", help="the same as --no-is-training")
     data = p.add_argument_group("data")
     data.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
@@ -103,12 +106,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--power", type=float, default=0.9, help="of the polynomial decay")
     opt.add_argument("--num-steps", type=int, default=250000, help="where the decay would reach 0")
     opt.add_argument("--num-steps-stop", type=int, help="where training ends (default: 150000, at most --num-steps)")
-    opt.add_argument("--sgd", choices=["released", "once"], default="released", help="released: repeated updates of the backbone")
+    opt.add_argument("--sgd", choices=["released", "once"], default="released",
+                     help="released: the backbone's updates are repeated as in the release")
     out = p.add_argument_group("run")
     out.add_argument("--snapshot-dir", default="snapshots/adaptsegnet", help="weights, resume file, log, pictures")
     out.add_argument("--save-pred-every", type=int, default=5000, help="iterations between snapshots")
     out.add_argument("--eval-every", type=int, help="iterations between evaluations (default: as snapshots)")
-    out.add_argument("--bn-stats", choices=["running", "target"], default="running", help="target: re-estimate before scoring")
+    out.add_argument("--bn-stats", choices=["running", "target"], default="running",
+                     help="target: re-estimate BN statistics on the target before scoring")
     out.add_argument("--save-num-images", type=int, default=2, help="pictures at each evaluation")
     out.add_argument("--log-every", type=int, default=10)
     out.add_argument("--tensorboard", action="store_true")
@@ -144,7 +149,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# --- losses: P are logits [N, C, h, w], up-sampled to the size of their image; scores are D's output --------------------------
+# --- losses: pred are logits [N, C, H, W] at the size of their image, score is D's output -----------------------------
 
 
 def full(x: Tensor) -> Tensor:
@@ -158,16 +163,16 @@ def upsample(pred: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def loss_seg(pred: Tensor, label: Tensor, ignore: int, valid: Tensor | None = None) -> Tensor:
-    """L_seg, Eq. 3: cross-entropy of [N, C, H, W] with int64 [N, H, W], mean over labelled pixels; 0 where there is none.
+    """L_seg, Eq. 3: cross-entropy with int64 [N, H, W], the mean over labelled pixels; 0 where there is none.
 
-    valid: the count to divide by, when other processes hold pixels of the batch too.
+    valid: the count to divide by, where other processes hold pixels of the batch too.
     """
     total = F.cross_entropy(pred, label, ignore_index=ignore, reduction="sum")
     return total / ((label != ignore).sum() if valid is None else valid).clamp(min=1e-3)
 
 
 def loss_domain(score: Tensor, domain: int, gan: str) -> Tensor:
-    """-log of the probability that D gives to ``domain`` (Eq. 2 and 4), or for LS the squared error of its raw score."""
+    """Eq. 2 and 4: -log of the probability that D gives to ``domain``; for LS the squared error of its raw score."""
     truth = torch.full_like(score, domain)
     return F.mse_loss(score, truth) if gan == "LS" else F.binary_cross_entropy_with_logits(score, truth)
 
@@ -199,7 +204,7 @@ def domain_score(level: Level, seen: Tensor, adapt: str, run: running.Run) -> Te
 def adapt_backward(net: nn.Module, levels: Sequence[Level], x_s: Tensor, y_s: Tensor, x_t: Tensor | None, *, gan: str,
                    adapt: str, iter_size: int, ignore: int, run: running.Run,
                    scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
-    """Accumulate the gradients of one batch in G and all D_i; x_t None: source only. Returns the losses, without their weights."""
+    """Accumulate the gradients of one batch in G and all D_i (x_t None: source only). Returns the unweighted losses."""
     losses: dict[str, Tensor] = {}
     discriminators = [level.discriminator for level in levels if level.discriminator is not None]
     for d in discriminators:
@@ -235,7 +240,7 @@ def adapt_backward(net: nn.Module, levels: Sequence[Level], x_s: Tensor, y_s: Te
     return losses
 
 
-# --- the run -------------------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
@@ -247,7 +252,8 @@ class Outcome(NamedTuple):
 
 def train(args: argparse.Namespace) -> Outcome | int:
     """One run; returns its outcome, or an exit code when it was asked to leave early."""
-    run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed, deterministic=args.deterministic)
+    run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
+                        deterministic=args.deterministic)
     ops.use(args.ops)
 
     # initial weights decide the pixel convention and where the stride of a bottleneck stands
@@ -312,13 +318,16 @@ def train(args: argparse.Namespace) -> Outcome | int:
         run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
 
     running.header(run, {
-        "kernels": ops.backend(), "networks": f"{args.model} {backbone}, {len(data.classes)} classes, ASPP {args.aspp}", "weights": loaded,
-        "batch norm": f"weights {'train' if affine else 'frozen'}, statistics {'update' if args.is_training else 'frozen'}",
+        "kernels": ops.backend(), "weights": loaded,
+        "networks": f"{args.model} {backbone}, {len(data.classes)} classes, ASPP {args.aspp}",
+        "batch norm": f"weights {'train' if affine else 'frozen'}, "
+                      f"statistics {'update' if args.is_training else 'frozen'}",
         "pixels": pixels, "source": f"{len(data.source)} images of {args.source} at {size_s}",
         "target": "none in training" if args.source_only else f"{len(data.target)} images of {args.target} at {size_t}",
         "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
-        "batch": f"{args.batch_size * run.world * args.iter_size} pairs a step = {args.batch_size} x {run.world} processes x "
-                 f"{args.iter_size} passes", "steps": f"{first} to {args.num_steps_stop}, SGD {args.sgd}", "output": folder})
+        "batch": f"{args.batch_size * run.world * args.iter_size} pairs a step = {args.batch_size} x {run.world} "
+                 f"processes x {args.iter_size} passes",
+        "steps": f"{first} to {args.num_steps_stop}, SGD {args.sgd}", "output": folder})
     if args.compile:
         net.compile()
         for d in discriminators.values():
@@ -339,16 +348,17 @@ def train(args: argparse.Namespace) -> Outcome | int:
             "rng": torch.get_rng_state()}, resume_file)
 
     def meta_of(iteration: int) -> dict[str, object]:
-        return {"script": "train_adaptsegnet.py", "iteration": iteration, "model": args.model, "arch": args.arch, "aspp": args.aspp,
-                "stride_on": stride_on, "pixels": pixels, "task": args.target, "classes": list(data.classes),
-                "size": list(size_t), "align_corners": True}
+        return {"script": "train_adaptsegnet.py", "iteration": iteration, "model": args.model, "arch": args.arch,
+                "aspp": args.aspp, "stride_on": stride_on, "pixels": pixels, "task": args.target,
+                "classes": list(data.classes), "size": list(size_t), "align_corners": True}
 
     def evaluate(iteration: int) -> np.ndarray:
         nonlocal best
         judged = net
         if args.bn_stats == "target":
             judged = predict.reestimate_bn(net, data.target.images, size_t, pixels, run, args.num_workers)
-        confusion = predict.score(judged, data.validation, size_t, pixels, len(data.classes), run, workers=args.num_workers)
+        confusion = predict.score(judged, data.validation, size_t, pixels, len(data.classes), run,
+                                  workers=args.num_workers)
         miou = 100 * metrics.mean_iou(confusion)
         if best is None or miou > best["mIoU"]:
             best = {"mIoU": miou, "iteration": iteration}
@@ -364,8 +374,8 @@ def train(args: argparse.Namespace) -> Outcome | int:
     # the loop
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
     log = running.Log(run, folder / "log.jsonl", first, args.num_steps_stop, tensorboard)
-    stream = dict(batch=args.batch_size, workers=args.num_workers, start=first * args.iter_size, rank=run.rank, world=run.world,
-                  pin=run.device.type == "cuda")
+    stream = dict(batch=args.batch_size, workers=args.num_workers, start=first * args.iter_size, rank=run.rank,
+                  world=run.world, pin=run.device.type == "cuda")
     batches_s = endless(data.source, seed=args.random_seed, **stream)
     batches_t = None if args.source_only else endless(data.target, seed=args.random_seed + 1, **stream)
     set_train_mode(net, freeze_bn=not args.is_training)
@@ -419,8 +429,8 @@ def train(args: argparse.Namespace) -> Outcome | int:
         if confusion is None:  # resumed at its end
             confusion = evaluate(first)
         run.say(metrics.iou_table(data.classes, {"last": confusion}))
-        run.say(f"target mIoU: last {100 * metrics.mean_iou(confusion):.2f}, best {best['mIoU']:.2f} (iteration {best['iteration']}, "
-                "chosen on the validation set)")
+        run.say(f"target mIoU: last {100 * metrics.mean_iou(confusion):.2f}, best {best['mIoU']:.2f} (iteration "
+                f"{best['iteration']}, chosen on the validation set)")
     return Outcome(net, data, confusion, pixels)
 
 
@@ -434,16 +444,16 @@ def demo(args: argparse.Namespace) -> int:
     outcomes: dict[str, Outcome] = {}
     for name, source_only in (("source only", True), ("adapted", False)):
         print(f"--- {name}")
-        settings = {**vars(args), "source_only": source_only, "snapshot_dir": f"{args.snapshot_dir}/{name.replace(' ', '_')}"}
-        outcome = train(argparse.Namespace(**settings))
+        folder = f"{args.snapshot_dir}/{name.replace(' ', '_')}"
+        outcome = train(argparse.Namespace(**{**vars(args), "source_only": source_only, "snapshot_dir": folder}))
         if isinstance(outcome, int):
             return outcome
         outcomes[name] = outcome
     print(metrics.iou_table(outcome.data.classes, {name: o.confusion for name, o in outcomes.items()}))
     report = Path("result/demo/report.png")
     run = running.Run(next(outcome.net.parameters()).device, 0, 1, "off")
-    predict.pictures({name: o.net for name, o in outcomes.items()}, outcome.data, args.input_size_target, outcome.pixels, 6, report,
-                     run)
+    predict.pictures({name: o.net for name, o in outcomes.items()}, outcome.data, args.input_size_target,
+                     outcome.pixels, 6, report, run)
     print(f"pictures: {report}")
     return 0
 

@@ -1,7 +1,7 @@
 """Reading weights of every dialect safely, writing files atomically, resuming runs.
 
-A weight file is a plain state dict, as the release wrote it, so that any other script can load it. What the network needs to be
-used again (pixel convention, class names, architecture) travels as the attribute ``segadapt`` of that dict.
+A weight file is a plain state dict, as the release wrote it, so that any other script can load it. What the network
+needs to be used again (pixel convention, class names, architecture) travels as the attribute ``segadapt`` of that dict.
 """
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def save_weights(net: nn.Module, path: Path, meta: Mapping[str, object]) -> None
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(state dict under our names, meta) of a weight file in any dialect.
 
-    Understood: plain state dicts; dicts that hold one under state_dict, model_state_dict, weights or model; the prefixes
-    module., Scale. and _orig_mod.; torchvision's ResNet and VGG-16 (recognised by their linear classifier, dropped
-    here; meta then says pixels "imagenet" and, for a ResNet, stride_on "3x3").
+    Understood: plain state dicts; dicts that hold one under state_dict, model_state_dict, weights or model; the
+    prefixes module., Scale. and _orig_mod.; torchvision's ResNet and VGG-16 (recognised by their linear classifier,
+    dropped here; meta then says pixels "imagenet" and, for a ResNet, stride_on "3x3").
     Raises UserError when the file holds no tensors.
     """
     state = load(path)
@@ -99,8 +99,8 @@ def initial_weights(restore_from: str | None, arch: str) -> tuple[dict[str, Tens
         from torchvision.models import get_model_weights
         state = get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # a torchvision that does not fit torch raises RuntimeError at import
-        raise UserError(f"--restore-from imagenet: torchvision could not give the weights of {arch} ({error}). Install the "
-                        "torchvision that fits your torch, go online once, or give a downloaded file") from None
+        raise UserError(f"--restore-from imagenet: torchvision could not give the weights of {arch} ({error}). Install "
+                        "the torchvision that fits your torch, go online once, or give a downloaded file") from None
     return from_torchvision(state)
 
 
@@ -130,7 +130,8 @@ def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
                 else "resnet50" if "layer1.0.conv3.weight" in weights else "resnet18"
             return {"model": model, "arch": arch, "num_classes": weights[key].shape[0]}
     some = ", ".join(list(weights)[:4])
-    raise UserError(f"no segmentation network is recognised by these keys: {some}, ... (known heads: {', '.join(heads)})")
+    raise UserError(f"no segmentation network is recognised by these keys: {some}, ... "
+                    f"(known heads: {', '.join(heads)})")
 
 
 @dataclass
@@ -145,7 +146,8 @@ class LoadReport:
 
     def __str__(self) -> str:
         text = f"{len(self.loaded)} tensors loaded ({100 * self.backbone_share:.1f} % of the backbone)"
-        for what, keys in (("not in the file", self.missing), ("other shape", self.mismatched), ("unused", self.unused)):
+        for what, keys in (("not in the file", self.missing), ("other shape", self.mismatched),
+                           ("unused", self.unused)):
             if keys:
                 modules = list(OrderedDict.fromkeys(k.rpartition(".")[0] for k in keys))
                 text += f"; {what}: {', '.join(modules[:4])}{f', ... ({len(modules)} modules)' * (len(modules) > 4)}"
@@ -156,8 +158,8 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
               source: str = "") -> LoadReport:
     """Copy what fits into ``net``.
 
-    heads=False leaves the heads (``net.head_names``) as they are. Raises UserError when under ``floor`` of the backbone's
-    tensors match: silently missing initial weights cost users of the release ten points.
+    heads=False leaves the heads (``net.head_names``) as they are. Raises UserError when under ``floor`` of the
+    backbone's tensors match: silently missing initial weights cost users of the release ten points.
     """
     own, report = net.state_dict(), LoadReport()
     head_names = getattr(net, "head_names", ())

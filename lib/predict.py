@@ -36,7 +36,8 @@ class ViewSet(Dataset):
     size: (width, height), or a height alone, to which the width follows in proportion.
     """
 
-    def __init__(self, images: Sequence[Path], size: tuple[int, int] | int, pixels: str, scales: Sequence[float] = (1.0,)):
+    def __init__(self, images: Sequence[Path], size: tuple[int, int] | int, pixels: str,
+                 scales: Sequence[float] = (1.0,)):
         self.images, self.size, self.pixels, self.scales = list(images), size, pixels, scales
 
     def __len__(self) -> int:
@@ -44,7 +45,8 @@ class ViewSet(Dataset):
 
     def __getitem__(self, index: int) -> Views:
         image = read_image(self.images[index])
-        width, height = self.size if isinstance(self.size, tuple) else (image.width * self.size / image.height, self.size)
+        width, height = self.size if isinstance(self.size, tuple) else \
+            (image.width * self.size / image.height, self.size)
         tensors = [to_tensor(resize(image, None, (round(width * s), round(height * s)))[0], self.pixels)
                    for s in self.scales]
         return Views(tensors, np.array(image), index)
@@ -103,8 +105,8 @@ def predict(net: nn.Module, tensors: Sequence[Tensor], size: tuple[int, int], ru
             align_corners: bool = True) -> Tensor:
     """One image's label map, uint8 [height, width] for ``size`` (width, height).
 
-    tensors: the image at one or several scales, [3, h, w] each; logits are averaged over scales and, with ``flip``, over
-    the mirrored images, and up-sampled bilinearly. Ties go to the lowest class.
+    tensors: the image at one or several scales, [3, h, w] each; logits are averaged over scales and, with ``flip``,
+    over the mirrored images, and up-sampled bilinearly. Ties go to the lowest class.
     """
     dtype = next(net.parameters()).dtype
     logits = []
@@ -154,7 +156,7 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
 
 def pictures(nets: Mapping[str, nn.Module], data: Pair, size: tuple[int, int], pixels: str, most: int, path: Path,
              run: Run) -> None:
-    """Write panels [image, truth, the label map of each named network] of ``most`` validation images, spread over the set."""
+    """Write panels [image, truth, label map of each named network] of ``most`` spread validation images."""
     fast = {name: prepare(net) for name, net in nets.items()}
     views, rows = ViewSet(data.validation.images, size, pixels), []
     for index in np.unique(np.linspace(0, len(views) - 1, min(most, len(views))).astype(int)).tolist():

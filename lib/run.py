@@ -209,8 +209,8 @@ class Log:
             seconds = time.monotonic() - self.started
             speed = (iteration - self.first) / seconds
             left = (self.total - iteration) / speed if speed > 0 else float("nan")
-            print(f"iter = {iteration:8d}/{self.total:8d}, {text}, {speed:.2f} it/s, {left / 60:.1f} min left, {memory}",
-                  flush=True)
+            print(f"iter = {iteration:8d}/{self.total:8d}, {text}, {speed:.2f} it/s, {left / 60:.1f} min left, "
+                  f"{memory}", flush=True)
 
     def scores(self, iteration: int, values: Mapping[str, object]) -> None:
         """Record an evaluation, or any other event."""

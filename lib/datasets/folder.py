@@ -73,8 +73,8 @@ class ImageFolder(Dataset):
 class EndlessSampler(Sampler):
     """Shuffled passes over ``length`` items without end: (index, draw) with draw counted over all processes.
 
-    Batch number b of ``world`` processes takes draws b * world * batch .. (b + 1) * world * batch - 1, split by rank, so
-    neither the number of workers nor a restart at batch ``start`` nor the split over processes changes the data.
+    Batch number b of ``world`` processes takes draws b * world * batch .. (b + 1) * world * batch - 1, split by rank,
+    so neither the number of workers nor a restart at batch ``start`` nor the split over processes changes the data.
     """
 
     def __init__(self, length: int, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
@@ -114,17 +114,17 @@ class Pair(NamedTuple):
 
 
 def open_pair(source: Description, target: Description, transform_s: Transform, transform_t: Transform, *,
-              num_classes: int | None = None, root_s: str | None = None, root_t: str | None = None, set_s: str | None = None,
-              set_t: str | None = None, set_val: str | None = None, list_s: str | None = None, list_t: str | None = None,
-              seed: int = 0, fully: bool = False) -> Pair:
-    """Source, target and validation sets of a run, checked (``fully``: every file). None takes the descriptions' defaults.
+              num_classes: int | None = None, root_s: str | None = None, root_t: str | None = None,
+              set_s: str | None = None, set_t: str | None = None, set_val: str | None = None, list_s: str | None = None,
+              list_t: str | None = None, seed: int = 0, fully: bool = False) -> Pair:
+    """Source, target and validation sets of a run, checked (``fully``: every file). None: the descriptions' defaults.
 
-    A validation set that the caller did not name and that is not there is left out. Raises UserError for everything that
-    would disturb the run later.
+    A validation set that the caller did not name and that is not there is left out. Raises UserError for everything
+    that would disturb the run later.
     """
     classes = select_classes(target, source, num_classes)
-    folder_s = ImageFolder(source, root_s or source.root, set_s or source.sets["source"], classes, transform_s, task=target,
-                           list_file=list_s, seed=seed)
+    folder_s = ImageFolder(source, root_s or source.root, set_s or source.sets["source"], classes, transform_s,
+                           task=target, list_file=list_s, seed=seed)
     folder_t = ImageFolder(target, root_t or target.root, set_t or target.sets["train"], classes, transform_t,
                            labelled=False, list_file=list_t, seed=seed + 1)
     try:
@@ -139,15 +139,15 @@ def open_pair(source: Description, target: Description, transform_s: Transform, 
     if validation is not None:
         both = {p.resolve() for p in folder_t.images} & {p.resolve() for p in validation.images}
         if both:
-            raise UserError(f"{len(both)} images stand in both the training set ({folder_t.set}) and the evaluation set "
-                            f"({validation.set}) of {target.name}, {min(both)} among them: choose another --set, --val-set "
-                            "or list")
+            raise UserError(f"{len(both)} images stand in both the training set ({folder_t.set}) and the evaluation "
+                            f"set ({validation.set}) of {target.name}, {min(both)} among them: choose another --set, "
+                            "--val-set or list")
     return Pair(folder_s, folder_t, validation, target, classes)
 
 
 def check(dataset: ImageFolder, fully: bool = False, most: int = 50) -> None:
-    """Raises UserError that lists missing labels, then files that cannot be used: among ``most`` spread over the set (about
-    a second, for every start), or ``fully`` among all (``--check-data``)."""
+    """Raises UserError that lists missing labels, then files that cannot be used: among ``most`` spread over the set
+    (about a second, for every start), or ``fully`` among all (``--check-data``)."""
     problems = [f"{image}: its label {label} does not exist" for image, label
                 in zip(dataset.images, dataset.labels or (), strict=bool(dataset.labels)) if not label.is_file()]
     if not problems:
@@ -155,8 +155,9 @@ def check(dataset: ImageFolder, fully: bool = False, most: int = 50) -> None:
         problems = list(problems_of(dataset, np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))))
     if problems:
         more = [f"... and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
-        raise UserError("\n  ".join([f"{dataset.description.name} ({dataset.root}, {dataset.set}) has {len(problems)} bad "
-                                     f"file{'s' * (len(problems) > 1)}:", *problems[:LISTED], *more]))
+        title = (f"{dataset.description.name} ({dataset.root}, {dataset.set}) has {len(problems)} bad "
+                 f"file{'s' * (len(problems) > 1)}:")
+        raise UserError("\n  ".join([title, *problems[:LISTED], *more]))
 
 
 def problems_of(dataset: ImageFolder, indices: Iterable[int]) -> Iterator[str]:

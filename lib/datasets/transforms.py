@@ -1,4 +1,4 @@
-"""Paired transforms of an image and its label. Randomness comes from the caller's generator, so draws can be repeated."""
+"""Paired transforms of an image and its label; randomness comes from the caller's generator, so it can be repeated."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def crop_or_pad(image: Tensor, label: Tensor, size: tuple[int, int], corner: tup
                 ignore: int) -> tuple[Tensor, Tensor]:
     """Cut (width, height) out, or pad with the mean colour and ``ignore`` where the image is smaller.
 
-    image [3, H, W], label [H, W]. ``corner`` (x, y) in 0..1 places the crop between the left/top and the right/bottom end.
+    image [3, H, W], label [H, W]. ``corner`` (x, y) in 0..1 places the crop, from left/top to right/bottom.
     """
     (width, height), (h, w) = size, label.shape
     pad = (0, max(width - w, 0), 0, max(height - h, 0))
