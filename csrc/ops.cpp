@@ -15,4 +15,17 @@ TORCH_LIBRARY(segadapt, m) {
   // argmax_c of the bilinearly upsampled logits [N, C, h, w], C <= 255 -> label [N, H, W] uint8, size = (H, W). Any floating
   // dtype (half and bfloat16 are interpolated in float32). Deterministic; ties go to the lowest class.
   m.def("upsample_argmax(Tensor logits, SymInt[2] size, bool align_corners) -> Tensor label");
+
+  // p = softmax of the upsampled logits (or, with probabilities, the values themselves), averaged with the mirrored image's
+  // p (flipped, mirrored back), times prior [C, H, W] float32. label [N, H, W] uint8 = the first argmax_c p_c, confidence
+  // float32 = max_c p_c. Counts confidences by class and float bits into hist: int64 [C, 2^18 + 2] without bins (2^18 bins of
+  // 2^12 floats over [0, 2), then invalid values, then all pixels of the class), [C, 2^12] with bins [C] int64 (the floats
+  // inside bin bins[c]). Counted are every ds_rate-th pixel of a class in raster order, starting anew in each image or, with
+  // own, p_c of every ds_rate-th pixel of the image for all c. Deterministic; p has the same bits in every pass.
+  m.def("confidence_histogram_(Tensor(a!) hist, Tensor? bins, Tensor logits, Tensor? flipped, Tensor? prior, SymInt[2] size, "
+        "bool align_corners, bool probabilities, int ds_rate, bool own) -> (Tensor label, Tensor confidence)");
+
+  // argmax_c p_c / thresholds_c (IEEE division, float32 [C]), 255 where the maximum is below 1; p as above.
+  m.def("pseudo_label(Tensor logits, Tensor thresholds, Tensor? flipped, Tensor? prior, SymInt[2] size, bool align_corners, "
+        "bool probabilities) -> Tensor label");
 }

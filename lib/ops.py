@@ -284,7 +284,7 @@ class Thresholds(NamedTuple):
 
 _BIN_BITS = 12                         # a coarse bin holds 2^12 neighbouring floats
 _BINS = 0x40000000 >> _BIN_BITS        # bins for [0, 2): the bits of 2.0f are 0x40000000
-_INVALID, _PIXELS = _BINS, _BINS + 1   # columns: confidences that are NaN or not below 2; all pixels predicted as the class
+_INVALID, _PIXELS = _BINS, _BINS + 1   # columns: confidences that are NaN or not below 2; all pixels of the class
 
 
 def new_histogram(num_classes: int, device: torch.device | str = "cpu", *, fine: bool = False) -> Tensor:
@@ -298,7 +298,7 @@ def new_histogram(num_classes: int, device: torch.device | str = "cpu", *, fine:
 def confidence_histogram_(hist: Tensor, logits: Tensor, size: tuple[int, int] | None = None, *,
                           align_corners: bool = True, flipped: Tensor | None = None, prior: Tensor | None = None,
                           probabilities: bool = False, ds_rate: int = 1, value: str = "conf") -> tuple[Tensor, Tensor]:
-    """Count the confidences of a batch of images, for the thresholds of CBST (Zou et al., ECCV 2018, equation 8).
+    """Count the confidences of a batch of images, for the thresholds of CBST (Zou et al., ECCV 2018, algorithm 2).
 
     hist: from new_histogram, added to in place.
     logits: [C, h, w] or [N, C, h, w], any floating dtype (arithmetic is float32), upsampled bilinearly to size =
@@ -340,7 +340,7 @@ def select_threshold(hist: Tensor, portion: float, *, fine: Tensor | None = None
     hist: after confidence_histogram_ over all images; fine: after refine_histogram_ over the same images.
     pooled: one threshold from the confidences of all classes (--kc-policy global).
     value: with fine exactly the float that sorting would give. Without, the lower edge of its coarse bin, which is at
-        most 2^-11 of the value below it. A threshold of 0, which only a prior of 0 can cause, becomes 1 as in the original.
+        most 2^-11 of the value below it. A threshold of 0 (from a prior of 0) becomes 1 as in the original.
     selected: k per class (pooled: of all classes together); bins: the coarse bin that holds the k-th largest, or -1.
     Raises ValueError for a portion outside 0..1 and for counted confidences that are NaN or not below 2.
     """
@@ -376,11 +376,11 @@ def select_threshold(hist: Tensor, portion: float, *, fine: Tensor | None = None
 
 def pseudo_label(logits: Tensor, thresholds: Tensor, size: tuple[int, int] | None = None, *, align_corners: bool = True,
                  flipped: Tensor | None = None, prior: Tensor | None = None, probabilities: bool = False) -> Tensor:
-    """CBST's labels (Zou et al., ECCV 2018, equation 8): argmax_c p_c / thresholds_c, 255 where that maximum is below 1.
+    """CBST's labels (Zou et al., ECCV 2018): argmax_c p_c / thresholds_c, 255 where that maximum is below 1.
 
     thresholds: [C] float32, positive. Everything else as in confidence_histogram_.
-    Returns uint8 [H, W] or [N, H, W]; quotients are IEEE divisions in float32, ties go to the lowest class. The upsampled
-    logits and the probabilities are not written.
+    Returns uint8 [H, W] or [N, H, W]; quotients are IEEE divisions in float32, ties go to the lowest class. Neither the
+    upsampled logits nor the probabilities are written.
     Raises ValueError for wrong shapes or dtypes and, on the CPU, for NaN or infinity (on CUDA such pixels are 255).
     """
     batch, size, flipped, prior = _checked(logits, size, flipped, prior)

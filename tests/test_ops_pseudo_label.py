@@ -1,4 +1,4 @@
-"""Label maps and class-balanced pseudo-labels: compiled operators against the reference, both against the definition."""
+"""Label maps and class-balanced pseudo-labels: compiled operators and reference against the definition."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,3 +58,236 @@ def test_upsample_argmax_rejects_what_it_cannot_do(backend):
             x[1, 2, 3] = bad
             with pytest.raises(ValueError, match="NaN or infinite"):
                 ops.upsample_argmax(x, size)
+
+
+# ---- thresholds and labels ------------------------------------------------------------------------------------
+
+def sorted_thresholds(images, portion, ds_rate, own=False, pooled=False):
+    """The definition: lists of confidences, a full sort. images: list of [C, H, W] float32 probabilities."""
+    classes = len(images[0])
+    lists = [[] for _ in range(classes)]
+    for p in images:
+        confidence, label = p.max(0)
+        for c in range(classes):
+            lists[c].append((p[c].flatten() if own else confidence[label == c])[::ds_rate])
+    lists = [torch.cat(x) for x in lists]
+    if pooled:
+        lists = [torch.cat(lists)] * classes
+    k = [int(len(x) * portion) for x in lists]
+    value = [x.sort(descending=True).values[n - 1] if n else torch.tensor(1.) for x, n in zip(lists, k, strict=True)]
+    return torch.stack(value), torch.tensor(k)
+
+
+def two_passes(images, portion, pooled=False, **options):
+    hist = ops.new_histogram(len(images[0]))
+    fine = ops.new_histogram(len(images[0]), fine=True)
+    for p in images:
+        ops.confidence_histogram_(hist, p, **options)
+    bins = ops.select_threshold(hist, portion, pooled=pooled).bins
+    for p in images:
+        ops.refine_histogram_(fine, bins, p, **options)
+    return hist, ops.select_threshold(hist, portion, fine=fine, pooled=pooled)
+
+
+def probability_maps():
+    """Name -> two maps [C, H, W] of different sizes whose confidences are hard to rank."""
+    g = torch.Generator().manual_seed(0)
+    random = [torch.softmax(3 * torch.randn(6, *size, generator=g), 0) for size in ((40, 300), (37, 513))]
+    clustered = [(0.7 + 1e-6 * torch.randint(0, 9, p.shape, generator=g)).float() for p in random]
+    duplicated = [(p * 4).round() / 4 for p in random]
+    saturated = [torch.where(p > 0.5, 1.0, p) for p in random]
+    equal = [torch.full_like(p, 1 / 6) for p in random]
+    rare = [p.clone() for p in random]
+    for p in rare:
+        p[2:4] = 0                      # classes 2 and 3 are never predicted ...
+    rare[1][3, 5, 7] = 0.99             # ... but for one pixel
+    overshoot = [p * 1.3 - 0.1 for p in random]  # as bicubic resizing makes them: below 0, above 1
+    return {"random": random, "clustered": clustered, "duplicated": duplicated, "saturated": saturated, "equal": equal,
+            "rare": rare, "overshoot": overshoot}
+
+
+@pytest.mark.parametrize("ds_rate", [1, 4])
+@pytest.mark.parametrize("name", probability_maps())
+def test_thresholds_and_labels_equal_the_full_sort(backend, name, ds_rate):
+    images = probability_maps()[name]
+    for portion in (0.0, 0.001, 0.2, 0.5, 1.0):
+        for pooled in (False, True):
+            hist, found = two_passes(images, portion, pooled, probabilities=True, ds_rate=ds_rate)
+            value, k = sorted_thresholds(images, portion, ds_rate, pooled=pooled)
+            assert torch.equal(found.value, value) and torch.equal(found.selected, k), (portion, pooled)
+            coarse = ops.select_threshold(hist, portion, pooled=pooled).value
+            assert (coarse <= value).all() and (coarse >= value * (1 - 2 ** -11)).all()
+            for p in images:
+                ratio, label = (p / value[:, None, None]).max(0)
+                expected = label.where(ratio >= 1, 255).to(torch.uint8)
+                assert torch.equal(ops.pseudo_label(p, value, probabilities=True), expected)
+        found = two_passes(images, portion, probabilities=True, ds_rate=ds_rate, value="prob")[1]
+        value, k = sorted_thresholds(images, portion, ds_rate, own=True)
+        assert torch.equal(found.value, torch.where(value > 0, value, 1.0)) and torch.equal(found.selected, k)
+    predicted = torch.cat([p.argmax(0).flatten() for p in images])
+    assert torch.equal(ops.predicted_pixels(hist), torch.bincount(predicted, minlength=6))
+
+
+def test_labels_divide_exactly(backend):
+    """Quotients one rounding apart, at 1 and between classes: a product with 1 / t or a logarithm would err here."""
+    g = torch.Generator().manual_seed(1)
+    t = torch.rand(5, generator=g) * 0.9 + 0.05
+    steps = torch.randint(-3, 4, (5, 200, 300), generator=g)
+    p = (t.view(torch.int32)[:, None, None] + steps).to(torch.int32).view(torch.float32)  # within 3 ulp of t
+    for scale in (1.0, 1.5):
+        ratio, label = (p * scale / t[:, None, None]).max(0)
+        expected = label.where(ratio >= 1, 255).to(torch.uint8)
+        assert torch.equal(ops.pseudo_label(p * scale, t, probabilities=True), expected)
+    for t in (torch.tensor([1e-45, 1e-39, 1e-30, 0.5, 1.0]), torch.tensor([3e38, 1e38, 2.0, float("inf"), 1.0])):
+        q = torch.where(torch.rand(5, 200, 300, generator=g) < 0.5, p, p * 1e-38)
+        ratio, label = (q / t[:, None, None]).max(0)
+        expected = label.where(ratio >= 1, 255).to(torch.uint8)
+        assert torch.equal(ops.pseudo_label(q, t, probabilities=True), expected)
+
+
+def test_histograms_merge_and_batches_equal_single_images(backend):
+    images = torch.softmax(2 * torch.randn(4, 7, 50, 90, generator=torch.Generator().manual_seed(2)), 1)
+    whole, halves = ops.new_histogram(7), [ops.new_histogram(7), ops.new_histogram(7)]
+    label, confidence = ops.confidence_histogram_(whole, images, probabilities=True, ds_rate=4)
+    for n, image in enumerate(images):
+        one = ops.confidence_histogram_(halves[n % 2], image, probabilities=True, ds_rate=4)
+        assert torch.equal(one[0], label[n]) and torch.equal(one[1], confidence[n])
+    assert torch.equal(halves[0] + halves[1], whole)
+    bins = ops.select_threshold(whole, 0.3).bins
+    whole, halves = ops.new_histogram(7, fine=True), [ops.new_histogram(7, fine=True), ops.new_histogram(7, fine=True)]
+    ops.refine_histogram_(whole, bins, images, probabilities=True, ds_rate=4)
+    for half, part in zip(halves, (images[:2], images[2:]), strict=True):
+        ops.refine_histogram_(half, bins, part, probabilities=True, ds_rate=4)
+    assert torch.equal(halves[0] + halves[1], whole) and whole.sum() > 0
+    t = torch.full((7,), 0.4)
+    label = ops.pseudo_label(images, t, probabilities=True)
+    assert torch.equal(label[2], ops.pseudo_label(images[2], t, probabilities=True))
+    empty = images[:0]
+    assert ops.confidence_histogram_(ops.new_histogram(7), empty)[0].shape == (0, 50, 90)
+    assert ops.pseudo_label(empty, t).shape == (0, 50, 90)
+
+
+OPTIONS = [{}, {"align_corners": False}, {"flip": True}, {"prior": True},
+           {"flip": True, "prior": True, "align_corners": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape,size", [((2, 9, 13, 33), (97, 258)), ((2, 9, 40, 300), (40, 300)),
+                                        ((1, 1, 5, 5), (70, 70))])
+def test_compiled_agrees_with_reference_on_logits(options, shape, size):
+    if ops._load():
+        pytest.skip(f"not compiled: {ops._load()}")
+    g = torch.Generator().manual_seed(3)
+    kwargs = {"align_corners": options.get("align_corners", True)}
+    if options.get("flip"):
+        kwargs["flipped"] = 3 * torch.randn(shape, generator=g)
+    if options.get("prior"):
+        kwargs["prior"] = torch.rand(shape[1], *size, generator=g)
+    results = []
+    logits, before = 3 * torch.randn(shape, generator=g), ops._state["mode"]
+    try:
+        for mode in BACKENDS:
+            ops.use(mode)
+            hist = ops.new_histogram(shape[1])
+            label, confidence = ops.confidence_histogram_(hist, logits, size, **kwargs)
+            results.append((label, confidence, ops.pseudo_label(logits, torch.full(shape[1:2], 0.3), size, **kwargs)))
+            # the second pass sees the same bits as the first
+            bins = ops.select_threshold(hist, 0.5).bins
+            fine = ops.new_histogram(shape[1], fine=True)
+            again = ops.refine_histogram_(fine, bins, logits, size, **kwargs)
+            assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
+            found = ops.select_threshold(hist, 0.5, fine=fine).value
+            for c in range(shape[1]):
+                own = confidence[label == c].sort(descending=True).values
+                assert found[c] == (own[len(own) // 2 - 1] if len(own) > 1 else 1)
+    finally:
+        ops.use(before)
+    (label_r, confidence_r, pseudo_r), (label_c, confidence_c, pseudo_c) = results
+    torch.testing.assert_close(confidence_c, confidence_r, rtol=2e-6, atol=0)
+    assert (label_c != label_r).float().mean() < 1e-4 and (pseudo_c != pseudo_r).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes_are_computed_in_float32(backend, dtype):
+    x = (3 * torch.randn(2, 5, 9, 17, generator=torch.Generator().manual_seed(4))).to(dtype)
+    for size in ((66, 130), None):
+        hist, other = ops.new_histogram(5), ops.new_histogram(5)
+        expected = ops.confidence_histogram_(hist, x.float(), size, flipped=x.float().flip(-1))
+        found = ops.confidence_histogram_(other, x, size, flipped=x.flip(-1))
+        assert torch.equal(hist, other) and all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        t = torch.full((5,), 0.4)
+        assert torch.equal(ops.pseudo_label(x, t, size), ops.pseudo_label(x.float(), t, size))
+
+
+def test_threads_do_not_change_a_bit():
+    if ops.backend() != "compiled":
+        pytest.skip("not compiled")
+    x = 3 * torch.randn(3, 19, 33, 65, generator=torch.Generator().manual_seed(5))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            hist = ops.new_histogram(19)
+            results.append([hist, *ops.confidence_histogram_(hist, x, (255, 510), flipped=x.flip(-1), ds_rate=4),
+                            ops.pseudo_label(x, torch.full((19,), 0.4), (255, 510)),
+                            ops.upsample_argmax(x, (255, 510))])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_errors_say_what_is_wrong(backend):
+    x, hist = torch.zeros(3, 4, 400), ops.new_histogram(3)
+    with pytest.raises(ValueError, match="new_histogram"):
+        ops.confidence_histogram_(ops.new_histogram(4), x)
+    with pytest.raises(ValueError, match="new_histogram"):
+        ops.confidence_histogram_(ops.new_histogram(3, fine=True), x)
+    with pytest.raises(ValueError, match="flipped"):
+        ops.confidence_histogram_(hist, x, flipped=x[:, :2])
+    with pytest.raises(ValueError, match="prior"):
+        ops.confidence_histogram_(hist, x, (8, 8), prior=torch.ones(3, 4, 400))
+    with pytest.raises(ValueError, match="ds_rate"):
+        ops.confidence_histogram_(hist, x, ds_rate=0)
+    with pytest.raises(ValueError, match="'conf' or 'prob'"):
+        ops.confidence_histogram_(hist, x, value="max")
+    for thresholds in (torch.ones(4), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, float("nan"), 1.0])):
+        with pytest.raises(ValueError, match="3 positive numbers"):
+            ops.pseudo_label(x, thresholds)
+    with pytest.raises(ValueError, match="portion"):
+        ops.select_threshold(hist, 20)
+    assert hist.sum() == 0
+    ops.confidence_histogram_(hist, torch.full((3, 4, 400), 5.0), probabilities=True)
+    with pytest.raises(ValueError, match="1600 confidences"):
+        ops.select_threshold(hist, 0.2)
+    for bad in (float("nan"), float("inf")):
+        x = torch.zeros(3, 4, 400)
+        x[1, 2, 3] = bad
+        for size in ((4, 400), (16, 400)):
+            for probabilities in (False, True):
+                with pytest.raises(ValueError, match="NaN or infinite"):
+                    ops.pseudo_label(x, torch.ones(3), size, probabilities=probabilities)
+                with pytest.raises(ValueError, match="NaN or infinite"):
+                    ops.confidence_histogram_(ops.new_histogram(3), x, size, probabilities=probabilities)
+
+
+def test_a_second_pass_that_differs_is_reported(backend):
+    p = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(6))
+    hist, fine = ops.new_histogram(3), ops.new_histogram(3, fine=True)
+    ops.confidence_histogram_(hist, p, probabilities=True)
+    coarse = ops.select_threshold(hist, 0.2)
+    with pytest.warns(UserWarning, match="deterministic"):
+        assert torch.equal(ops.select_threshold(hist, 0.2, fine=fine).value, coarse.value)
+
+
+def test_opcheck():
+    if ops._load():
+        pytest.skip(f"not compiled: {ops._load()}")
+    x, prior = torch.randn(2, 4, 5, 6), torch.rand(4, 9, 11)
+    hist, fine = ops.new_histogram(4), ops.new_histogram(4, fine=True)
+    library = torch.ops.segadapt
+    torch.library.opcheck(library.upsample_argmax, (x, (9, 11), True))
+    torch.library.opcheck(library.confidence_histogram_,
+                          (hist, None, x, x.flip(-1), prior, (9, 11), True, False, 2, False))
+    torch.library.opcheck(library.confidence_histogram_,
+                          (fine, torch.zeros(4, dtype=torch.int64), x, None, None, (9, 11), True, True, 1, True))
+    torch.library.opcheck(library.pseudo_label, (x, torch.ones(4), x.flip(-1), prior, (9, 11), False, False))

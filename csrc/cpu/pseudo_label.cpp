@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <optional>
 #include <vector>
 
 namespace segadapt {
@@ -43,9 +45,9 @@ struct Axis {
   }
 };
 
-// The first class of the largest value; false when a value is not finite and `check` asks for it.
+// The first class of the largest value, and that value where `top` is given; false when `check` finds one that is not finite.
 template <bool check, typename T, typename Value>
-bool argmax_block(int64_t classes, int64_t n, const Value& value, uint8_t* label) {
+bool argmax_block(int64_t classes, int64_t n, const Value& value, uint8_t* label, T* top = nullptr) {
   T best[kBlock], poison[kBlock];
   int32_t index[kBlock] = {};
   for (int64_t j = 0; j < n; ++j) best[j] = value(0, j);
@@ -60,6 +62,7 @@ bool argmax_block(int64_t classes, int64_t n, const Value& value, uint8_t* label
     }
   }
   for (int64_t j = 0; j < n; ++j) label[j] = static_cast<uint8_t>(index[j]);
+  if (top) std::copy(best, best + n, top);
   return !check || std::all_of(poison, poison + n, [](T p) { return p == T(0); });
 }
 
@@ -200,9 +203,302 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
   return label;
 }
 
+// ---- probabilities ----------------------------------------------------------------------------------------------------------
+
+// e^x for x <= 0 to about one unit in the last place (the polynomial of Cephes' expf); 0 where the result would be subnormal.
+inline float exp_negative(float x) {
+  const float shifter = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+  const float shifted = fma(x, 1.44269504088896341f, shifter), n = shifted - shifter;
+  const float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
+  float p = 1.9875691500e-4f;
+  p = fma(p, r, 1.3981999507e-3f);
+  p = fma(p, r, 8.3334519073e-3f);
+  p = fma(p, r, 4.1665795894e-2f);
+  p = fma(p, r, 1.6666665459e-1f);
+  p = fma(p, r, 5.0000001201e-1f);
+  p = fma(p, r * r, r) + 1.f;
+  const int32_t exponent = __builtin_bit_cast(int32_t, shifted) - __builtin_bit_cast(int32_t, shifter) + 127;
+  return x < -87.f ? 0.f : p * __builtin_bit_cast(float, exponent << 23);
+}
+
+void add_exponentials(float* v, const float* top, float* sum, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    v[j] = exp_negative(v[j] - top[j]);
+    sum[j] += v[j];
+  }
+}
+
+struct Maps {  // what every pass over probabilities takes
+  at::Tensor logits;                 // [N, C, h, w], any floating dtype
+  std::optional<at::Tensor> flipped;  // the same of the mirrored images
+  std::optional<at::Tensor> prior;    // float32 [C, H, W]
+  bool align_corners, probabilities;
+};
+
+// n pixels: the probability of class c at pixel j is value[c * kBlock + j] * scale[j].
+struct Block {
+  std::vector<float> value, scale;
+
+  explicit Block(int64_t classes) : value(classes * kBlock), scale(kBlock) {}
+};
+
+// The class probabilities of one image, a block of pixels at a time: softmax of the upsampled logits (or the values themselves),
+// its mean with the mirrored image's, times the prior. Every pass computes them here, so every pass sees the same bits.
+template <typename S>
+class Probabilities {
+ public:
+  Probabilities(const Maps& maps, int64_t image, const Axis<float>& rows, const Axis<float>& columns)
+      : C_(maps.logits.size(1)), W_(columns.i0.size()), area_(rows.i0.size() * W_), softmax_(!maps.probabilities),
+        prior_(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr), block_(C_), mirrored_(maps.flipped ? C_ : 0) {
+    const int64_t h = maps.logits.size(2), w = maps.logits.size(3), offset = image * C_ * h * w;
+    maps_.emplace_back(maps.logits.const_data_ptr<S>() + offset, C_, h, w, rows, columns, false);
+    if (maps.flipped) maps_.emplace_back(maps.flipped->const_data_ptr<S>() + offset, C_, h, w, rows, columns, true);
+  }
+
+  void select_row(int64_t y) {
+    y_ = y;
+    for (auto& map : maps_) map.select_row(y);
+  }
+
+  const Block& read(int64_t begin, int64_t n) {
+    load(maps_[0], begin, n, block_);
+    if (maps_.size() == 2) load(maps_[1], begin, n, mirrored_);
+    if (maps_.size() == 2 || prior_) {
+      for (int64_t c = 0; c < C_; ++c) {
+        float* p = block_.value.data() + c * kBlock;
+        multiply(p, block_.scale.data(), n);
+        if (maps_.size() == 2) average(p, mirrored_.value.data() + c * kBlock, mirrored_.scale.data(), n);
+        if (prior_) multiply(p, prior_ + c * area_ + y_ * W_ + begin, n);
+      }
+      std::fill(block_.scale.begin(), block_.scale.end(), 1.f);
+    }
+    return block_;
+  }
+
+  bool finite() const { return finite_; }  // of everything read so far
+
+ private:
+  static void multiply(float* p, const float* by, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) p[j] *= by[j];
+  }
+
+  static void average(float* p, const float* value, const float* scale, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) p[j] = (p[j] + value[j] * scale[j]) * 0.5f;
+  }
+
+  void load(const Upsampler<S, float>& map, int64_t begin, int64_t n, Block& out) {
+    float top[kBlock], sum[kBlock] = {};
+    if (!softmax_) {
+      for (int64_t c = 0; c < C_; ++c) {
+        float* v = out.value.data() + c * kBlock;
+        map.read(c, begin, n, v);
+        for (int64_t j = 0; j < n; ++j) sum[j] = fma(v[j], 0.f, sum[j]);
+      }
+      finite_ &= std::all_of(sum, sum + n, [](float x) { return x == 0.f; });
+      std::fill(out.scale.begin(), out.scale.end(), 1.f);
+      return;
+    }
+    for (int64_t c = 0; c < C_; ++c) {
+      float* v = out.value.data() + c * kBlock;
+      map.read(c, begin, n, v);
+      if (c == 0) std::copy(v, v + n, top);
+      for (int64_t j = 0; j < n; ++j) top[j] = v[j] > top[j] ? v[j] : top[j];
+    }
+    for (int64_t c = 0; c < C_; ++c) add_exponentials(out.value.data() + c * kBlock, top, sum, n);
+    finite_ &= std::all_of(sum, sum + n, [](float x) { return x >= 1.f; });
+    for (int64_t j = 0; j < n; ++j) out.scale[j] = 1.f / sum[j];
+  }
+
+  int64_t C_, W_, area_, y_ = 0;
+  bool softmax_, finite_ = true;
+  const float* prior_;
+  std::vector<Upsampler<S, float>> maps_;
+  Block block_, mirrored_;
+};
+
+// Calls visit(values, scale, offset of the first pixel in [N, H, W], number of pixels) for all blocks of all images.
+template <typename Visit>
+void for_each_block(const Maps& maps, at::IntArrayRef size, bool parallel, const Visit& visit) {
+  const int64_t H = size[0], W = size[1], all = maps.logits.size(0) * H;
+  const Axis<float> rows(maps.logits.size(2), H, maps.align_corners), columns(maps.logits.size(3), W, maps.align_corners);
+  std::atomic<bool> finite{true};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, maps.logits.scalar_type(), "pseudo_label", [&] {
+    at::parallel_for(0, all, parallel ? rows_per_task(all, W) : all, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t image = begin / H, stop = std::min(end, (image + 1) * H);
+        Probabilities<scalar_t> source(maps, image, rows, columns);
+        for (; begin < stop; ++begin) {
+          source.select_row(begin - image * H);
+          for (int64_t i = 0; i < W; i += kBlock) {
+            const int64_t n = std::min(kBlock, W - i);
+            const Block& block = source.read(i, n);
+            visit(block.value.data(), block.scale.data(), begin * W + i, n);
+          }
+        }
+        if (!source.finite()) finite = false;
+      }
+    });
+  });
+  TORCH_CHECK_VALUE(finite, "logits hold NaN or infinite values");
+}
+
+Maps checked(const at::Tensor& logits, const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,
+             at::IntArrayRef size, bool align_corners, bool probabilities) {
+  check_logits(logits, size);
+  Maps maps{logits.contiguous(), {}, {}, align_corners, probabilities};
+  if (flipped) {
+    TORCH_CHECK_VALUE(flipped->sizes() == logits.sizes() && flipped->scalar_type() == logits.scalar_type(),
+                      "flipped: expected the logits' shape and dtype, got ", flipped->sizes(), " ", flipped->scalar_type());
+    maps.flipped = flipped->contiguous();
+  }
+  if (prior) {
+    TORCH_CHECK_VALUE(prior->sizes() == at::IntArrayRef({logits.size(1), size[0], size[1]}) && prior->scalar_type() == at::kFloat,
+                      "prior: expected float32 [C, H, W], got ", prior->scalar_type(), " ", prior->sizes());
+    maps.prior = prior->contiguous();
+  }
+  return maps;
+}
+
+// ---- thresholds -------------------------------------------------------------------------------------------------------------
+
+// A histogram row has a bin for each 2^12 neighbouring floats in [0, 2) (positive floats are ordered as their bits are; what is
+// below 0 counts as 0), one for what is not below 2 or not a number, and the number of all pixels predicted as the class.
+constexpr int32_t kBinBits = 12, kBins = 0x40000000 >> kBinBits, kInvalid = kBins, kPixels = kBins + 1;
+
+inline int32_t bits_of(float confidence) {
+  return confidence > 0.f ? __builtin_bit_cast(int32_t, confidence) : confidence <= 0.f ? 0 : kInvalid << kBinBits;
+}
+
+// Adds confidences to the coarse histogram [C, kBins + 2] or, where bins is given, those in bin bins[c] to the fine one
+// [C, 2^kBinBits].
+struct Counter {
+  int64_t *hist, width;
+  const int64_t* bins;
+
+  void operator()(int64_t c, float confidence) const {
+    const int32_t bits = bits_of(confidence), bin = std::min(bits >> kBinBits, kInvalid);
+    if (!bins) {
+      ++hist[c * width + bin];
+    } else if (bin == bins[c]) {
+      ++hist[c * width + (bits & ((1 << kBinBits) - 1))];
+    }
+  }
+};
+
+// Every rate-th pixel of each class in raster order. Neighbours mostly have one class, so work goes by runs of equal labels.
+void count_image(const uint8_t* label, const float* confidence, int64_t pixels, int64_t classes, int64_t rate,
+                 const Counter& count, bool sample) {
+  std::vector<int64_t> skip(classes, 0);  // pixels of the class to pass over before the next sample
+  for (int64_t i = 0, stop; i < pixels; i = stop) {
+    const uint8_t c = label[i];
+    const uint64_t eight = c * 0x0101010101010101u;
+    uint64_t next_eight;
+    for (stop = i + 1; stop + 8 <= pixels; stop += 8) {
+      std::memcpy(&next_eight, label + stop, 8);
+      if (next_eight != eight) break;
+    }
+    while (stop < pixels && label[stop] == c) ++stop;
+    if (!count.bins) count.hist[c * count.width + kPixels] += stop - i;
+    if (!sample) continue;
+    int64_t next = i + skip[c];
+    for (; next < stop; next += rate) count(c, confidence[next]);
+    skip[c] = next - stop;
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const std::optional<at::Tensor>& bins_,
+                                                         const at::Tensor& logits, const std::optional<at::Tensor>& flipped,
+                                                         const std::optional<at::Tensor>& prior, at::IntArrayRef size,
+                                                         bool align_corners, bool probabilities, int64_t rate, bool own) {
+  const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
+  const int64_t N = logits.size(0), C = logits.size(1), area = size[0] * size[1], width = bins_ ? 1 << kBinBits : kBins + 2;
+  TORCH_CHECK_VALUE(hist.scalar_type() == at::kLong && hist.is_contiguous() && hist.sizes() == at::IntArrayRef({C, width}),
+                    "histogram: expected contiguous int64 ", at::IntArrayRef({C, width}), ", got ", hist.scalar_type(), " ",
+                    hist.sizes());
+  TORCH_CHECK_VALUE(!bins_ || (bins_->scalar_type() == at::kLong && bins_->numel() == C), "bins: expected int64 [", C, "]");
+  TORCH_CHECK_VALUE(rate >= 1, "ds_rate: expected 1 or more, got ", rate);
+  at::Tensor bins = bins_ ? bins_->contiguous() : at::Tensor();
+  const Counter count{hist.mutable_data_ptr<int64_t>(), width, bins_ ? bins.const_data_ptr<int64_t>() : nullptr};
+
+  at::Tensor label = at::empty({N, size[0], size[1]}, logits.options().dtype(at::kByte));
+  at::Tensor confidence = at::empty({N, size[0], size[1]}, logits.options().dtype(at::kFloat));
+  uint8_t* y = label.mutable_data_ptr<uint8_t>();
+  float* top = confidence.mutable_data_ptr<float>();
+  // Counters are shared: a class's own probabilities are counted by one thread, everything else after the parallel part.
+  for_each_block(maps, size, !own, [&](const float* v, const float* scale, int64_t first, int64_t n) {
+    const auto p = [=](int64_t c, int64_t j) { return v[c * kBlock + j] * scale[j]; };
+    argmax_block<false, float>(C, n, p, y + first, top + first);
+    if (!own) return;
+    for (int64_t j = (rate - first % area % rate) % rate; j < n; j += rate) {
+      for (int64_t c = 0; c < C; ++c) count(c, p(c, j));
+    }
+  });
+  for (int64_t i = 0; i < N; ++i) count_image(y + i * area, top + i * area, area, C, rate, count, !own);
+  return {label, confidence};
+}
+
+// ---- labels -----------------------------------------------------------------------------------------------------------------
+
+at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_, const std::optional<at::Tensor>& flipped,
+                        const std::optional<at::Tensor>& prior, at::IntArrayRef size, bool align_corners, bool probabilities) {
+  const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
+  const int64_t C = logits.size(1);
+  TORCH_CHECK_VALUE(thresholds_.scalar_type() == at::kFloat && thresholds_.numel() == C, "thresholds: expected float32 [", C, "]");
+  const at::Tensor thresholds = thresholds_.contiguous();
+  const float* t = thresholds.const_data_ptr<float>();
+  TORCH_CHECK_VALUE(std::all_of(t, t + C, [](float x) { return x > 0.f; }), "thresholds must be positive numbers");
+  // The exact quotients p / t decide, but 19 divisions a pixel would take longer than reading the logits. p * (1 / t) is within
+  // 2^-22 of the quotient (unless 1 / t overflows), so it names the winner unless the runner-up is as close as 2^-20.
+  const float near = 1.f - 0x1p-20f;
+  const bool exact_only = std::any_of(t, t + C, [](float x) { return x < 0x1p-100f; });
+  std::vector<float> inverse(C);
+  std::transform(t, t + C, inverse.begin(), [](float x) { return 1.f / x; });
+
+  at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
+  uint8_t* y = label.mutable_data_ptr<uint8_t>();
+  for_each_block(maps, size, true, [&](const float* v, const float* scale, int64_t first, int64_t n) {
+    const auto p = [=](int64_t c, int64_t j) { return v[c * kBlock + j] * scale[j]; };
+    float best[kBlock] = {}, second[kBlock] = {}, value[kBlock];
+    int32_t index[kBlock] = {};
+    for (int64_t j = 0; j < n; ++j) value[j] = p(0, j);
+    for (int64_t c = 0; c < C; ++c) {
+      const float factor = inverse[c];
+      for (int64_t j = 0; j < n; ++j) {
+        const float probability = p(c, j), ratio = probability * factor;
+        const bool greater = ratio > best[j];
+        const float lower = greater ? best[j] : ratio;
+        second[j] = lower > second[j] ? lower : second[j];
+        best[j] = greater ? ratio : best[j];
+        value[j] = greater ? probability : value[j];
+        index[j] = greater ? static_cast<int32_t>(c) : index[j];
+      }
+    }
+    const auto unclear = [&](int64_t j) { return best[j] >= near && second[j] >= best[j] * near; };
+    int32_t any = exact_only;
+    for (int64_t j = 0; j < n; ++j) {
+      any |= unclear(j);
+      index[j] = value[j] / t[index[j]] >= 1.f ? index[j] : 255;
+    }
+    for (int64_t j = 0; j < n; ++j) y[first + j] = static_cast<uint8_t>(index[j]);
+    for (int64_t j = 0; any && j < n; ++j) {
+      if (!exact_only && !unclear(j)) continue;
+      float top = p(0, j) / t[0];
+      int64_t winner = 0;
+      for (int64_t c = 1; c < C; ++c) {
+        const float ratio = p(c, j) / t[c];
+        if (ratio > top) top = ratio, winner = c;
+      }
+      y[first + j] = static_cast<uint8_t>(top >= 1.f ? winner : 255);
+    }
+  });
+  return label;
+}
+
 }  // namespace
 }  // namespace segadapt
 
 TORCH_LIBRARY_IMPL(segadapt, CPU, m) {
   m.impl("upsample_argmax", segadapt::upsample_argmax);
+  m.impl("confidence_histogram_", segadapt::confidence_histogram_);
+  m.impl("pseudo_label", segadapt::pseudo_label);
 }
