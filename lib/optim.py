@@ -6,6 +6,7 @@ every occurrence in turn; newer versions do something else. ReleasedSGD performs
 """
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +19,7 @@ class ReleasedSGD(torch.optim.Optimizer):
         g <- g + weight_decay * p;  buf <- momentum * buf + g;  p <- p - lr * buf        (buf starts at 0)
 
     where g is changed in place, so each repetition adds the weight decay once more. No Nesterov, no dampening.
-    With ``repeats`` 1 this is torch.optim.SGD.
+    The m updates are linear in (p, buf, g), so their product is applied in one pass over the memory.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):
@@ -33,13 +34,19 @@ class ReleasedSGD(torch.optim.Optimizer):
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            grads = [p.grad.clone() for p in params]
+            buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
+            p, buf, g = np.eye(3)  # each as a combination of the old (p, buf, g)
             for _ in range(group["repeats"]):
-                torch._foreach_add_(grads, params, alpha=group["weight_decay"])
-                torch._foreach_mul_(buffers, group["momentum"])
-                torch._foreach_add_(buffers, grads)
-                torch._foreach_add_(params, buffers, alpha=-group["lr"])
+                g = g + group["weight_decay"] * p
+                buf = group["momentum"] * buf + g
+                p = p - group["lr"] * buf
+            old = torch._foreach_mul(buffers, p[1])
+            torch._foreach_mul_(buffers, buf[1])
+            torch._foreach_add_(buffers, params, alpha=buf[0])
+            torch._foreach_add_(buffers, grads, alpha=buf[2])
+            torch._foreach_mul_(params, p[0])
+            torch._foreach_add_(params, old)
+            torch._foreach_add_(params, grads, alpha=p[2])
 
 
 class ReleasedAdam(torch.optim.Adam):
@@ -71,9 +78,10 @@ def deeplab_sgd(net: nn.Module, flavour: str, lr: float, momentum: float, weight
     for name, parameter, in_head in named_groups(net):
         repeats = 1 if in_head or flavour == "once" or isinstance(net, DeeplabVGG) else name.count(".")
         groups.setdefault((repeats, head_lr_mult if in_head else 1.0), []).append(parameter)
-    return ReleasedSGD(
-        [dict(params=params, repeats=repeats, lr_mult=mult) for (repeats, mult), params in groups.items()],
-        lr, momentum, weight_decay)
+    groups = [dict(params=params, repeats=repeats, lr_mult=mult) for (repeats, mult), params in groups.items()]
+    if flavour == "once":
+        return torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay, fused=True)
+    return ReleasedSGD(groups, lr, momentum, weight_decay)
 
 
 def set_poly_lr(optimizer: torch.optim.Optimizer, base: float, iteration: int, num_steps: int, power: float) -> float:
