@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,35 +17,44 @@ from torch import Tensor, nn
 
 from lib.errors import UserError
 
-CONTAINERS = ("state_dict", "model_state_dict", "weights", "model")
+CONTAINERS = ("state_dict", "model_state_dict", "weights", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "Scale.")
 
 
 def save(value: object, path: Path) -> None:
     """torch.save to a temporary name beside ``path``, flushed to the disk, then renamed: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name for all processes that ever write this file: what a killed one left is overwritten, not piled up.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             torch.save(value, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Free some space, or choose another "
-                        "--snapshot-dir; the previous checkpoint is intact") from None
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or error.__context__ or error
+        raise UserError(f"cannot write {path}: {reason}. Free some space, or choose another --snapshot-dir; the "
+                        "previous checkpoint is intact") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load(path: str | Path) -> object:
     """torch.load with weights_only=True on the CPU. Raises UserError for a missing, broken or unsafe file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+        raise UserError(f"checkpoint {path} {'is a folder: name a file in it' if path.is_dir() else 'does not exist'}")
+    start = b""
     try:
+        with open(path, "rb") as f:
+            start = f.read(1)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken file
+        if start not in (b"P", b"\x80", b""):  # of a zip archive, a pickle, an empty file
+            raise UserError(f"{path} is not a checkpoint but text or another kind of file (a web page saved in its "
+                            "place?)") from None
         if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
             raise UserError(f"checkpoint {path} holds Python objects other than tensors and plain containers, which "
                             "could run code when read: refused. Re-save it as a state dict where it was made") from None
@@ -62,7 +72,7 @@ def save_weights(net: nn.Module, path: Path, meta: Mapping[str, object]) -> None
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """(state dict under our names, meta) of a weight file in any dialect.
 
-    Understood: plain state dicts; dicts that hold one under state_dict, model_state_dict, weights or model; the
+    Understood: plain state dicts; dicts that hold one under a key of CONTAINERS (net: our resume.pth); the
     prefixes module., Scale. and _orig_mod.; torchvision's ResNet and VGG-16 (recognised by their linear classifier,
     dropped here; meta then says pixels "imagenet" and, for a ResNet, stride_on "3x3").
     Raises UserError when the file holds no tensors.
@@ -177,7 +187,9 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
             fitting[key] = weights[key]
             report.loaded.append(key)
     report.unused = [k for k in weights if k not in own]
-    backbone = [k for k in own if k.split(".")[0] not in head_names and not k.endswith("num_batches_tracked")]
+    without = getattr(net, "not_pretrained", ())
+    backbone = [k for k in own if k.split(".")[0] not in head_names and k.rpartition(".")[0] not in without
+                and not k.endswith("num_batches_tracked")]
     report.backbone_share = sum(k in fitting for k in backbone) / max(len(backbone), 1)
     if report.backbone_share < floor:
         raise UserError(f"{source or 'the checkpoint'} fits only {100 * report.backbone_share:.1f} % of the backbone "

@@ -174,6 +174,7 @@ class DeeplabVGG(nn.Module):
     """VGG-16 without pool4 and pool5, conv5 dilated by 2, fc6 and fc7 as 3x3 convolutions dilated by 4."""
 
     head_names = ("classifier",)
+    not_pretrained = ("features.29", "features.31")  # fc6 and fc7: ImageNet weights have none of this shape
     channels = (512, 1024)
 
     def __init__(self, num_classes: int, aspp: str = "released"):
