@@ -10,6 +10,18 @@ TORCH_LIBRARY(segadapt, m) {
   // float32 or float64. Exact and deterministic: ties of the float64 dot products go to the lowest index.
   m.def("mutual_argmax(Tensor a, Tensor b) -> (Tensor row_index, Tensor row_value, Tensor col_index, Tensor col_value)");
 
+  // For each row of x [N1, C] the row of y [N2, C] with the largest dot product, as exact. -> index [N1] int64.
+  m.def("product_argmax(Tensor x, Tensor y) -> Tensor");
+
+  // In place on a panel s [R, N], contiguous: s_ij <- softmax_j(s_ij c_j / t_i), with column scales c [N] (or ones) and
+  // t_i = unbiased standard deviation of row i + 1e-10 (contrast normalisation; its shift cancels), or 1.
+  // -> 1 / t [R]; 0 where the row is constant to rounding, so that its softmax is uniform and its gradient zero.
+  m.def("contrast_softmax_(Tensor(a!) s, Tensor? col_scale, bool contrast) -> Tensor");
+
+  // In place on m [R, N] = dL/dP, with P [R, N] the rows' softmax: m_ij <- P_ij (m_ij - sum_k P_ik m_ik) r_i c_j;
+  // col_sum [N] += sum_i P_ij m_ij (of the old m). Bits depend on the number of threads, not on the run.
+  m.def("softmax_grad_(Tensor(a!) m, Tensor p, Tensor row_scale, Tensor? col_scale, Tensor(b!) col_sum) -> ()");
+
   // ---- Class-balanced pseudo-labels (Zou et al., ECCV 2018, ICCV 2019) -----------------------------------------------------
 
   // argmax_c of the bilinearly upsampled logits [N, C, h, w], C <= 255 -> label [N, H, W] uint8, size = (H, W). Any floating
