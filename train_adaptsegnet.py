@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--input-size-target", type=size, help="width,height of target images")
     data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
     data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
-    data.add_argument("--ignore-label", type=int, default=255, help="label value without loss")
+    data.add_argument("--ignore-label", type=int, default=255, help="class index without loss; void labels get it")
     data.add_argument("--num-workers", type=int, default=4, help="loader processes of each of the two data sets")
     data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     opt = p.add_argument_group("optimisation")
@@ -142,6 +142,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "iter_size", "num_steps", "save_pred_every", "log_every", "eval_every"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.random_seed < 0:
+        p.error("--random-seed must not be negative")
+    if not 0 <= args.ignore_label <= 255:
+        p.error("--ignore-label must be 0..255")
     if not 1 <= args.num_steps_stop <= args.num_steps:
         p.error(f"--num-steps-stop must be 1..{args.num_steps} (--num-steps)")
     if args.adapt == "feature" and args.multi_level:
@@ -268,7 +272,8 @@ def train(args: argparse.Namespace) -> Outcome | int:
         source, target, Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label),
         Augment(size_t, pixels, False, args.random_mirror, args.ignore_label), num_classes=args.num_classes,
         root_s=args.data_dir, root_t=args.data_dir_target, set_s=args.source_set, set_t=args.set, set_val=args.val_set,
-        list_s=args.data_list, list_t=args.data_list_target, seed=args.random_seed, fully=args.check_data)
+        list_s=args.data_list, list_t=args.data_list_target, ignore=args.ignore_label, seed=args.random_seed,
+        fully=args.check_data)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
         return 0
@@ -300,12 +305,14 @@ def train(args: argparse.Namespace) -> Outcome | int:
     scaler = run.scaler()
 
     # resume
-    first, best = 0, None
-    arguments = {k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}
-    if args.resume:
+    first, best, confusion = 0, None, None
+    arguments = {**{k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}, "nproc_per_node": run.world}
+    if args.resume and not resume_file.exists():
+        run.say(f"note: there is no {resume_file} yet: starting at the beginning")
+    elif args.resume:
         state = checkpoint.load(resume_file)
         checkpoint.check_same_arguments(state["arguments"], arguments, FREE_ARGUMENTS)
-        first, best = state["iteration"], state["best"]
+        first, best, confusion = state["iteration"], state["best"], state["confusion"]
         net.load_state_dict(state["net"])
         for module, s in zip(discriminators.values(), state["discriminators"], strict=True):
             module.load_state_dict(s)
@@ -341,8 +348,11 @@ def train(args: argparse.Namespace) -> Outcome | int:
             checkpoint.save_weights(net, folder / f"{prefix}{iteration}.pth", meta_of(iteration))
             for number, d in discriminators.items():
                 checkpoint.save_weights(d, folder / f"{prefix}{iteration}_D{number}.pth", meta_of(iteration))
+        state = net.state_dict()
+        state.segadapt = meta_of(iteration)  # so that evaluate.py takes this file too
         checkpoint.save({
-            "iteration": iteration, "best": best, "arguments": arguments, "net": net.state_dict(),
+            "iteration": iteration, "best": best, "arguments": arguments, "net": state,
+            "confusion": None if confusion is None else torch.from_numpy(confusion),
             "discriminators": [d.state_dict() for d in discriminators.values()],
             "optimizers": [o.state_dict() for o in (optimizer, *optimizers_d)], "scaler": scaler.state_dict(),
             "rng": torch.get_rng_state()}, resume_file)
@@ -379,7 +389,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
     batches_s = endless(data.source, seed=args.random_seed, **stream)
     batches_t = None if args.source_only else endless(data.target, seed=args.random_seed + 1, **stream)
     set_train_mode(net, freeze_bn=not args.is_training)
-    last_good, confusion = resume_file if args.resume else None, None
+    last_good = resume_file if first else None
     with running.StopRequest() as stop:
         for i in range(first, args.num_steps_stop):
             lr = set_poly_lr(optimizer, args.learning_rate, i, args.num_steps, args.power)
@@ -410,6 +420,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
             log.step()
             if done % args.log_every == 0 or done == args.num_steps_stop:
                 log.losses(done, {**values, "lr": lr})
+            confusion = None
             if data.validation is not None and (done % args.eval_every == 0 or done == args.num_steps_stop):
                 confusion = evaluate(done)
                 set_train_mode(net, freeze_bn=not args.is_training)
@@ -426,8 +437,9 @@ def train(args: argparse.Namespace) -> Outcome | int:
     run.barrier()
 
     if data.validation is not None:
-        if confusion is None:  # resumed at its end
+        if confusion is None:  # resumed at its end, which had not been scored
             confusion = evaluate(first)
+        confusion = np.asarray(confusion)
         run.say(metrics.iou_table(data.classes, {"last": confusion}))
         run.say(f"target mIoU: last {100 * metrics.mean_iou(confusion):.2f}, best {best['mIoU']:.2f} (iteration "
                 f"{best['iteration']}, chosen on the validation set)")
@@ -439,8 +451,7 @@ def to_device(x: Tensor, run: running.Run) -> Tensor:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Render the pair, train source-only and adapted, print both tables, draw result/demo/report.png."""
-    render_demo(Path("data/demo"), seed=args.random_seed)
+    """Train source-only and adapted on the rendered pair, print both tables, draw result/demo/report.png."""
     outcomes: dict[str, Outcome] = {}
     for name, source_only in (("source only", True), ("adapted", False)):
         print(f"--- {name}")
@@ -460,6 +471,8 @@ def demo(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.demo:
+        render_demo(Path("data/demo"), seed=args.random_seed)
     if args.demo and not args.source_only:
         return demo(args)
     outcome = train(args)

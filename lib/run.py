@@ -173,14 +173,19 @@ class Log:
         self.run, self.path, self.bar, self.writer = run, path, None, None
         if not run.is_main:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if iteration and path.exists():
             for line in path.read_text().splitlines(keepends=True):
                 # A killed process can leave a torn last line.
                 if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
                     kept.append(line)
-        path.write_text("".join(kept))
+        new = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text("".join(kept))
+            os.replace(new, path)  # a process killed here loses no line
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}. Choose another --snapshot-dir") from None
         if tensorboard is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -1,6 +1,7 @@
 """Images and labels on disk as tensors: one data set class, endless seeded iteration, and the checks before a run."""
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -37,18 +38,21 @@ class ImageFolder(Dataset):
 
     classes: the run's class names, out of ``task`` (the description whose names they are; default: this one).
     labelled=False never opens a label: training on the target must not. Items are addressed by an index, or by
-    (index, draw): the draw's number seeds the augmentation, so any draw can be repeated.
+    (index, draw): the draw's number seeds the augmentation, so any draw can be repeated. ignore: the value of pixels of
+    no class (default: the description's).
     """
 
     def __init__(self, description: Description, root: str | Path, set_: str, classes: Sequence[str],
                  transform: Transform, *, task: Description | None = None, labelled: bool = True,
-                 list_file: str | Path | None = None, seed: int = 0):
+                 list_file: str | Path | None = None, ignore: int | None = None, seed: int = 0):
         self.description, self.root, self.set = description, Path(root), set_
         self.images = list_images(description, root, set_, list_file)
         if labelled and description.labels is None:
             raise UserError(f"the data set {description.name} has no labels, and they are needed here")
         self.labels = [label_path(description, root, image, set_) for image in self.images] if labelled else None
         self.table = label_table(description, classes, task)
+        if ignore is not None:
+            self.table[self.table == description.ignore] = ignore
         self.transform, self.seed = transform, seed
 
     def __len__(self) -> int:
@@ -95,7 +99,15 @@ def endless(dataset: ImageFolder, batch: int, workers: int, *, seed: int, start:
             world: int = 1, pin: bool = False) -> Iterator[Sample]:
     """Batches without end, from batch number ``start`` on."""
     sampler = EndlessSampler(len(dataset), batch, seed, start, rank, world)
-    return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin))
+    return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin,
+                           worker_init_fn=outlive_stop))
+
+
+def outlive_stop(worker: int) -> None:
+    """Ctrl-C, and SIGTERM from a scheduler, reach all processes of a run: loaders must live until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # once: the second SIGTERM may be from the end of the main process, which waits for its loaders
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class Pair(NamedTuple):
@@ -116,15 +128,15 @@ class Pair(NamedTuple):
 def open_pair(source: Description, target: Description, transform_s: Transform, transform_t: Transform, *,
               num_classes: int | None = None, root_s: str | None = None, root_t: str | None = None,
               set_s: str | None = None, set_t: str | None = None, set_val: str | None = None, list_s: str | None = None,
-              list_t: str | None = None, seed: int = 0, fully: bool = False) -> Pair:
+              list_t: str | None = None, ignore: int | None = None, seed: int = 0, fully: bool = False) -> Pair:
     """Source, target and validation sets of a run, checked (``fully``: every file). None: the descriptions' defaults.
 
-    A validation set that the caller did not name and that is not there is left out. Raises UserError for everything
-    that would disturb the run later.
+    ignore: the value of source pixels of no class. A validation set that the caller did not name and that is not there
+    is left out. Raises UserError for everything that would disturb the run later.
     """
     classes = select_classes(target, source, num_classes)
     folder_s = ImageFolder(source, root_s or source.root, set_s or source.sets["source"], classes, transform_s,
-                           task=target, list_file=list_s, seed=seed)
+                           task=target, list_file=list_s, ignore=ignore, seed=seed)
     folder_t = ImageFolder(target, root_t or target.root, set_t or target.sets["train"], classes, transform_t,
                            labelled=False, list_file=list_t, seed=seed + 1)
     try:
