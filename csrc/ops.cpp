@@ -37,6 +37,9 @@ TORCH_LIBRARY(segadapt, m) {
   m.def("confidence_histogram_(Tensor(a!) hist, Tensor? bins, Tensor logits, Tensor? flipped, Tensor? prior, SymInt[2] size, "
         "bool align_corners, bool probabilities, int ds_rate, bool own) -> (Tensor label, Tensor confidence)");
 
+  // The counting alone, for label and confidence [N, H, W] kept from confidence_histogram_ (not own).
+  m.def("count_confidences_(Tensor(a!) hist, Tensor? bins, Tensor label, Tensor confidence, int ds_rate) -> ()");
+
   // argmax_c p_c / thresholds_c (IEEE division, float32 [C]), 255 where the maximum is below 1; p as above.
   m.def("pseudo_label(Tensor logits, Tensor thresholds, Tensor? flipped, Tensor? prior, SymInt[2] size, bool align_corners, "
         "bool probabilities) -> Tensor label");

@@ -729,6 +729,21 @@ def refine_histogram_(fine: Tensor, bins: Tensor, logits: Tensor, size: tuple[in
     return _count(fine, bins, logits, size, align_corners, flipped, prior, probabilities, ds_rate, value)
 
 
+def refine_kept_(fine: Tensor, bins: Tensor, label: Tensor, confidence: Tensor, *, ds_rate: int = 1) -> None:
+    """refine_histogram_ for images whose label and confidence were kept (5 bytes a pixel): no second forward pass.
+
+    label: uint8 [H, W] or [N, H, W] and confidence: float32, as confidence_histogram_ returned them for value = "conf".
+    """
+    if label.shape != confidence.shape or label.dim() not in (2, 3):
+        raise ValueError("label and confidence: expected the same [H, W] or [N, H, W], "
+                         f"got {tuple(label.shape)} and {tuple(confidence.shape)}")
+    if label.dim() == 2:
+        label, confidence = label[None], confidence[None]
+    _check_histogram(fine, bins, len(fine), ds_rate)
+    kernel = _kernel("count_confidences_", label.device) or _count_confidences_reference
+    kernel(fine, bins, label, confidence, ds_rate)
+
+
 def predicted_pixels(hist: Tensor) -> Tensor:
     """[C] int64: all pixels predicted as each class, not subsampled (for rare classes and patch mining)."""
     return hist[:, _PIXELS].clone()
@@ -794,18 +809,24 @@ def pseudo_label(logits: Tensor, thresholds: Tensor, size: tuple[int, int] | Non
 
 def _count(hist, bins, logits, size, align_corners, flipped, prior, probabilities, ds_rate, value):
     batch, size, flipped, prior = _checked(logits, size, flipped, prior)
-    width = _BINS + 2 if bins is None else 1 << _BIN_BITS
-    if hist.dtype != torch.int64 or hist.shape != (batch.shape[1], width) or not hist.is_contiguous():
-        raise ValueError(f"histogram: expected contiguous int64 {(batch.shape[1], width)} (see new_histogram), "
-                         f"got {hist.dtype} {tuple(hist.shape)}")
-    if bins is not None and (bins.dtype != torch.int64 or bins.shape != (batch.shape[1],)):
-        raise ValueError(f"bins: expected int64 [{batch.shape[1]}] from select_threshold, got {tuple(bins.shape)}")
-    if value not in ("conf", "prob") or ds_rate < 1:
-        raise ValueError(f"value must be 'conf' or 'prob' and ds_rate at least 1, not {value!r} and {ds_rate}")
+    _check_histogram(hist, bins, batch.shape[1], ds_rate)
+    if value not in ("conf", "prob"):
+        raise ValueError(f"value must be 'conf' or 'prob', not {value!r}")
     kernel = _kernel("confidence_histogram_", batch.device) or _confidence_histogram_reference
     label, confidence = kernel(hist, bins, batch, flipped, prior, size, align_corners, probabilities, ds_rate,
                                value == "prob")
     return (label, confidence) if logits.dim() == 4 else (label[0], confidence[0])
+
+
+def _check_histogram(hist, bins, classes, ds_rate):
+    width = _BINS + 2 if bins is None else 1 << _BIN_BITS
+    if hist.dtype != torch.int64 or hist.shape != (classes, width) or not hist.is_contiguous():
+        raise ValueError(f"histogram: expected contiguous int64 {(classes, width)} (see new_histogram), "
+                         f"got {hist.dtype} {tuple(hist.shape)}")
+    if bins is not None and (bins.dtype != torch.int64 or bins.shape != (classes,)):
+        raise ValueError(f"bins: expected int64 [{classes}] from select_threshold, got {tuple(bins.shape)}")
+    if ds_rate < 1:
+        raise ValueError(f"ds_rate must be at least 1, not {ds_rate}")
 
 
 def _checked(logits, size, flipped, prior):
@@ -847,18 +868,34 @@ def _confidence_histogram_reference(hist, bins, logits, flipped, prior, size, al
         p = _probabilities(logits[n], mirrored, prior, size, align_corners, probabilities)
         confidence[n], predicted = p.max(0)
         label[n] = predicted
-        for c in range(len(hist)):
-            pixels = predicted == c
-            values = (p[c].flatten() if own else confidence[n][pixels])[::ds_rate].contiguous()
-            bits = values.view(torch.int32).where(values > 0, 0).where(~values.isnan(), _INVALID << _BIN_BITS).long()
-            bucket = (bits >> _BIN_BITS).clamp(max=_INVALID)
+        if own:
+            for c in range(len(hist)):
+                _add_confidences(hist, bins, c, p[c].flatten()[::ds_rate])
             if bins is None:
-                hist[c] += torch.bincount(bucket, minlength=_BINS + 2)
-                hist[c, _PIXELS] += pixels.sum()
-            else:
-                inside = bits[bucket == bins[c]] & ((1 << _BIN_BITS) - 1)
-                hist[c] += torch.bincount(inside, minlength=1 << _BIN_BITS)
+                hist[:, _PIXELS] += torch.bincount(predicted.flatten(), minlength=len(hist))
+    if not own:
+        _count_confidences_reference(hist, bins, label, confidence, ds_rate)
     return label, confidence
+
+
+def _count_confidences_reference(hist, bins, label, confidence, ds_rate):
+    for n in range(len(label)):
+        for c in range(len(hist)):
+            values = confidence[n][label[n] == c]
+            _add_confidences(hist, bins, c, values[::ds_rate])
+            if bins is None:
+                hist[c, _PIXELS] += len(values)
+
+
+def _add_confidences(hist, bins, c, values):
+    bits = values.contiguous().view(torch.int32)
+    bits = bits.where(values > 0, 0).where(~values.isnan(), _INVALID << _BIN_BITS).long()
+    bucket = (bits >> _BIN_BITS).clamp(max=_INVALID)
+    if bins is None:
+        hist[c] += torch.bincount(bucket, minlength=_BINS + 2)
+    else:
+        inside = bits[bucket == bins[c]] & ((1 << _BIN_BITS) - 1)
+        hist[c] += torch.bincount(inside, minlength=1 << _BIN_BITS)
 
 
 def _pseudo_label_reference(logits, thresholds, flipped, prior, size, align_corners, probabilities):
@@ -881,6 +918,10 @@ def _register_pseudo_label() -> None:
     def _(hist, bins, logits, flipped, prior, size, align_corners, probabilities, ds_rate, own):
         shape = (logits.shape[0], *size)
         return logits.new_empty(shape, dtype=torch.uint8), logits.new_empty(shape, dtype=torch.float32)
+
+    @torch.library.register_fake("segadapt::count_confidences_")
+    def _(hist, bins, label, confidence, ds_rate):
+        return None
 
     @torch.library.register_fake("segadapt::pseudo_label")
     def _(logits, thresholds, flipped, prior, size, align_corners, probabilities):

@@ -78,15 +78,12 @@ def sorted_thresholds(images, portion, ds_rate, own=False, pooled=False):
     return torch.stack(value), torch.tensor(k)
 
 
-def two_passes(images, portion, pooled=False, **options):
-    hist = ops.new_histogram(len(images[0]))
-    fine = ops.new_histogram(len(images[0]), fine=True)
-    for p in images:
-        ops.confidence_histogram_(hist, p, **options)
-    bins = ops.select_threshold(hist, portion, pooled=pooled).bins
+def exact_threshold(images, hist, portion, pooled=False, **options):
+    """The second pass and its result."""
+    fine, bins = ops.new_histogram(len(hist), fine=True), ops.select_threshold(hist, portion, pooled=pooled).bins
     for p in images:
         ops.refine_histogram_(fine, bins, p, **options)
-    return hist, ops.select_threshold(hist, portion, fine=fine, pooled=pooled)
+    return ops.select_threshold(hist, portion, fine=fine, pooled=pooled)
 
 
 def probability_maps():
@@ -109,21 +106,24 @@ def probability_maps():
 @pytest.mark.parametrize("ds_rate", [1, 4])
 @pytest.mark.parametrize("name", probability_maps())
 def test_thresholds_and_labels_equal_the_full_sort(backend, name, ds_rate):
-    images = probability_maps()[name]
-    for portion in (0.0, 0.001, 0.2, 0.5, 1.0):
-        for pooled in (False, True):
-            hist, found = two_passes(images, portion, pooled, probabilities=True, ds_rate=ds_rate)
-            value, k = sorted_thresholds(images, portion, ds_rate, pooled=pooled)
-            assert torch.equal(found.value, value) and torch.equal(found.selected, k), (portion, pooled)
-            coarse = ops.select_threshold(hist, portion, pooled=pooled).value
-            assert (coarse <= value).all() and (coarse >= value * (1 - 2 ** -11)).all()
-            for p in images:
-                ratio, label = (p / value[:, None, None]).max(0)
-                expected = label.where(ratio >= 1, 255).to(torch.uint8)
-                assert torch.equal(ops.pseudo_label(p, value, probabilities=True), expected)
-        found = two_passes(images, portion, probabilities=True, ds_rate=ds_rate, value="prob")[1]
-        value, k = sorted_thresholds(images, portion, ds_rate, own=True)
-        assert torch.equal(found.value, torch.where(value > 0, value, 1.0)) and torch.equal(found.selected, k)
+    images, options = probability_maps()[name], {"probabilities": True, "ds_rate": ds_rate}
+    hist, hist_own = ops.new_histogram(6), ops.new_histogram(6)
+    for p in images:
+        ops.confidence_histogram_(hist, p, **options)
+        ops.confidence_histogram_(hist_own, p, value="prob", **options)
+    for portion, pooled in ((0.0, False), (0.001, False), (0.2, False), (0.5, True), (1.0, False), (1.0, True)):
+        found = exact_threshold(images, hist, portion, pooled, **options)
+        value, k = sorted_thresholds(images, portion, ds_rate, pooled=pooled)
+        assert torch.equal(found.value, value) and torch.equal(found.selected, k), (portion, pooled)
+        coarse = ops.select_threshold(hist, portion, pooled=pooled).value
+        assert (coarse <= value).all() and (coarse >= value * (1 - 2 ** -11)).all()
+        for p in images:
+            ratio, label = (p / value[:, None, None]).max(0)
+            expected = label.where(ratio >= 1, 255).to(torch.uint8)
+            assert torch.equal(ops.pseudo_label(p, value, probabilities=True), expected)
+    found = exact_threshold(images, hist_own, 0.2, value="prob", **options)
+    value, k = sorted_thresholds(images, 0.2, ds_rate, own=True)
+    assert torch.equal(found.value, torch.where(value > 0, value, 1.0)) and torch.equal(found.selected, k)
     predicted = torch.cat([p.argmax(0).flatten() for p in images])
     assert torch.equal(ops.predicted_pixels(hist), torch.bincount(predicted, minlength=6))
 
@@ -156,8 +156,8 @@ def test_histograms_merge_and_batches_equal_single_images(backend):
     bins = ops.select_threshold(whole, 0.3).bins
     whole, halves = ops.new_histogram(7, fine=True), [ops.new_histogram(7, fine=True), ops.new_histogram(7, fine=True)]
     ops.refine_histogram_(whole, bins, images, probabilities=True, ds_rate=4)
-    for half, part in zip(halves, (images[:2], images[2:]), strict=True):
-        ops.refine_histogram_(half, bins, part, probabilities=True, ds_rate=4)
+    for half, part in zip(halves, (slice(0, 2), slice(2, 4)), strict=True):
+        ops.refine_kept_(half, bins, label[part], confidence[part], ds_rate=4)
     assert torch.equal(halves[0] + halves[1], whole) and whole.sum() > 0
     t = torch.full((7,), 0.4)
     label = ops.pseudo_label(images, t, probabilities=True)
@@ -196,6 +196,9 @@ def test_compiled_agrees_with_reference_on_logits(options, shape, size):
             fine = ops.new_histogram(shape[1], fine=True)
             again = ops.refine_histogram_(fine, bins, logits, size, **kwargs)
             assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
+            kept = ops.new_histogram(shape[1], fine=True)
+            ops.refine_kept_(kept, bins, label, confidence)
+            assert torch.equal(kept, fine)
             found = ops.select_threshold(hist, 0.5, fine=fine).value
             for c in range(shape[1]):
                 own = confidence[label == c].sort(descending=True).values
@@ -248,6 +251,8 @@ def test_errors_say_what_is_wrong(backend):
         ops.confidence_histogram_(hist, x, (8, 8), prior=torch.ones(3, 4, 400))
     with pytest.raises(ValueError, match="ds_rate"):
         ops.confidence_histogram_(hist, x, ds_rate=0)
+    with pytest.raises(ValueError, match="same"):
+        ops.refine_kept_(ops.new_histogram(3, fine=True), torch.zeros(3, dtype=torch.int64), torch.zeros(4, 4), x)
     with pytest.raises(ValueError, match="'conf' or 'prob'"):
         ops.confidence_histogram_(hist, x, value="max")
     for thresholds in (torch.ones(4), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, float("nan"), 1.0])):
@@ -290,4 +295,6 @@ def test_opcheck():
                           (hist, None, x, x.flip(-1), prior, (9, 11), True, False, 2, False))
     torch.library.opcheck(library.confidence_histogram_,
                           (fine, torch.zeros(4, dtype=torch.int64), x, None, None, (9, 11), True, True, 1, True))
+    label = torch.randint(0, 4, (2, 5, 6), dtype=torch.uint8)
+    torch.library.opcheck(library.count_confidences_, (hist, None, label, torch.rand(2, 5, 6), 2))
     torch.library.opcheck(library.pseudo_label, (x, torch.ones(4), x.flip(-1), prior, (9, 11), False, False))

@@ -1,6 +1,8 @@
 // Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps, without ever writing H x W x C values.
 // Images are walked row by row; a row is cut into blocks of pixels that stay in the L1 cache. All loops over pixels are plain
 // and branch-free, so that the compiler vectorises them for whatever CPU it builds for.
+#include "pseudo_label.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -157,13 +159,6 @@ int64_t rows_per_task(int64_t rows, int64_t width) {
   return std::max<int64_t>(1, std::min<int64_t>(rows, (1 << 16) / std::max<int64_t>(1, width)));
 }
 
-void check_logits(const at::Tensor& logits, at::IntArrayRef size) {
-  TORCH_CHECK_VALUE(logits.dim() == 4, "logits: expected [N, C, h, w], got ", logits.sizes());
-  TORCH_CHECK_VALUE(logits.size(1) >= 1 && logits.size(1) <= 255, "logits: 1 to 255 classes, got ", logits.size(1));
-  TORCH_CHECK_VALUE(size.size() == 2 && size[0] > 0 && size[1] > 0, "size: expected (height, width), got ", size);
-  TORCH_CHECK_VALUE(logits.size(2) > 0 && logits.size(3) > 0, "logits: empty map ", logits.sizes());
-}
-
 // ---- label maps -------------------------------------------------------------------------------------------------------------
 
 template <typename S, typename T>
@@ -228,13 +223,6 @@ void add_exponentials(float* v, const float* top, float* sum, int64_t n) {
   }
 }
 
-struct Maps {  // what every pass over probabilities takes
-  at::Tensor logits;                 // [N, C, h, w], any floating dtype
-  std::optional<at::Tensor> flipped;  // the same of the mirrored images
-  std::optional<at::Tensor> prior;    // float32 [C, H, W]
-  bool align_corners, probabilities;
-};
-
 // n pixels: the probability of class c at pixel j is value[c * kBlock + j] * scale[j].
 struct Block {
   std::vector<float> value, scale;
@@ -242,7 +230,7 @@ struct Block {
   explicit Block(int64_t classes) : value(classes * kBlock), scale(kBlock) {}
 };
 
-// The class probabilities of one image, a block of pixels at a time: softmax of the upsampled logits (or the values themselves),
+// The class probabilities of one image, a block of pixels at a time: softmax of the upsampled logits (or the given values),
 // its mean with the mirrored image's, times the prior. Every pass computes them here, so every pass sees the same bits.
 template <typename S>
 class Probabilities {
@@ -342,28 +330,7 @@ void for_each_block(const Maps& maps, at::IntArrayRef size, bool parallel, const
   TORCH_CHECK_VALUE(finite, "logits hold NaN or infinite values");
 }
 
-Maps checked(const at::Tensor& logits, const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,
-             at::IntArrayRef size, bool align_corners, bool probabilities) {
-  check_logits(logits, size);
-  Maps maps{logits.contiguous(), {}, {}, align_corners, probabilities};
-  if (flipped) {
-    TORCH_CHECK_VALUE(flipped->sizes() == logits.sizes() && flipped->scalar_type() == logits.scalar_type(),
-                      "flipped: expected the logits' shape and dtype, got ", flipped->sizes(), " ", flipped->scalar_type());
-    maps.flipped = flipped->contiguous();
-  }
-  if (prior) {
-    TORCH_CHECK_VALUE(prior->sizes() == at::IntArrayRef({logits.size(1), size[0], size[1]}) && prior->scalar_type() == at::kFloat,
-                      "prior: expected float32 [C, H, W], got ", prior->scalar_type(), " ", prior->sizes());
-    maps.prior = prior->contiguous();
-  }
-  return maps;
-}
-
 // ---- thresholds -------------------------------------------------------------------------------------------------------------
-
-// A histogram row has a bin for each 2^12 neighbouring floats in [0, 2) (positive floats are ordered as their bits are; what is
-// below 0 counts as 0), one for what is not below 2 or not a number, and the number of all pixels predicted as the class.
-constexpr int32_t kBinBits = 12, kBins = 0x40000000 >> kBinBits, kInvalid = kBins, kPixels = kBins + 1;
 
 inline int32_t bits_of(float confidence) {
   return confidence > 0.f ? __builtin_bit_cast(int32_t, confidence) : confidence <= 0.f ? 0 : kInvalid << kBinBits;
@@ -385,12 +352,18 @@ struct Counter {
   }
 };
 
+Counter counter(at::Tensor& hist, const std::optional<at::Tensor>& bins) {
+  TORCH_CHECK_VALUE(!bins || bins->is_contiguous(), "bins: expected a contiguous tensor");
+  return {hist.mutable_data_ptr<int64_t>(), hist.size(1), bins ? bins->const_data_ptr<int64_t>() : nullptr};
+}
+
 // Every rate-th pixel of each class in raster order. Neighbours mostly have one class, so work goes by runs of equal labels.
 void count_image(const uint8_t* label, const float* confidence, int64_t pixels, int64_t classes, int64_t rate,
                  const Counter& count, bool sample) {
   std::vector<int64_t> skip(classes, 0);  // pixels of the class to pass over before the next sample
   for (int64_t i = 0, stop; i < pixels; i = stop) {
     const uint8_t c = label[i];
+    TORCH_CHECK_VALUE(c < classes, "label ", static_cast<int>(c), " among ", classes, " classes");
     const uint64_t eight = c * 0x0101010101010101u;
     uint64_t next_eight;
     for (stop = i + 1; stop + 8 <= pixels; stop += 8) {
@@ -406,22 +379,25 @@ void count_image(const uint8_t* label, const float* confidence, int64_t pixels, 
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const std::optional<at::Tensor>& bins_,
+void count_images(const at::Tensor& label, const at::Tensor& confidence, int64_t classes, int64_t rate, const Counter& count,
+                  bool sample) {
+  const int64_t area = label.size(1) * label.size(2);
+  for (int64_t i = 0; i < label.size(0); ++i) {
+    count_image(label.const_data_ptr<uint8_t>() + i * area, confidence.const_data_ptr<float>() + i * area, area, classes, rate,
+                count, sample);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const std::optional<at::Tensor>& bins,
                                                          const at::Tensor& logits, const std::optional<at::Tensor>& flipped,
                                                          const std::optional<at::Tensor>& prior, at::IntArrayRef size,
                                                          bool align_corners, bool probabilities, int64_t rate, bool own) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
-  const int64_t N = logits.size(0), C = logits.size(1), area = size[0] * size[1], width = bins_ ? 1 << kBinBits : kBins + 2;
-  TORCH_CHECK_VALUE(hist.scalar_type() == at::kLong && hist.is_contiguous() && hist.sizes() == at::IntArrayRef({C, width}),
-                    "histogram: expected contiguous int64 ", at::IntArrayRef({C, width}), ", got ", hist.scalar_type(), " ",
-                    hist.sizes());
-  TORCH_CHECK_VALUE(!bins_ || (bins_->scalar_type() == at::kLong && bins_->numel() == C), "bins: expected int64 [", C, "]");
-  TORCH_CHECK_VALUE(rate >= 1, "ds_rate: expected 1 or more, got ", rate);
-  at::Tensor bins = bins_ ? bins_->contiguous() : at::Tensor();
-  const Counter count{hist.mutable_data_ptr<int64_t>(), width, bins_ ? bins.const_data_ptr<int64_t>() : nullptr};
-
-  at::Tensor label = at::empty({N, size[0], size[1]}, logits.options().dtype(at::kByte));
-  at::Tensor confidence = at::empty({N, size[0], size[1]}, logits.options().dtype(at::kFloat));
+  const int64_t C = logits.size(1), area = size[0] * size[1];
+  check_histogram(hist, bins, C, rate);
+  const Counter count = counter(hist, bins);
+  at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
+  at::Tensor confidence = at::empty(label.sizes(), logits.options().dtype(at::kFloat));
   uint8_t* y = label.mutable_data_ptr<uint8_t>();
   float* top = confidence.mutable_data_ptr<float>();
   // Counters are shared: a class's own probabilities are counted by one thread, everything else after the parallel part.
@@ -433,8 +409,15 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
       for (int64_t c = 0; c < C; ++c) count(c, p(c, j));
     }
   });
-  for (int64_t i = 0; i < N; ++i) count_image(y + i * area, top + i * area, area, C, rate, count, !own);
+  count_images(label, confidence, C, rate, count, !own);
   return {label, confidence};
+}
+
+void count_confidences_(at::Tensor& hist, const std::optional<at::Tensor>& bins, const at::Tensor& label,
+                        const at::Tensor& confidence, int64_t rate) {
+  check_histogram(hist, bins, hist.size(0), rate);
+  check_kept(label, confidence);
+  count_images(label.contiguous(), confidence.contiguous(), hist.size(0), rate, counter(hist, bins), true);
 }
 
 // ---- labels -----------------------------------------------------------------------------------------------------------------
@@ -500,5 +483,6 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
 TORCH_LIBRARY_IMPL(segadapt, CPU, m) {
   m.impl("upsample_argmax", segadapt::upsample_argmax);
   m.impl("confidence_histogram_", segadapt::confidence_histogram_);
+  m.impl("count_confidences_", segadapt::count_confidences_);
   m.impl("pseudo_label", segadapt::pseudo_label);
 }

@@ -1,0 +1,159 @@
+"""Times the pseudo-label operators on one 19-class map against the original way and prints a Markdown table.
+
+    taskset -c 1 python tests/bench_pseudo_label.py      one CPU thread; milliseconds of CPU time, the best of several runs
+    python tests/bench_pseudo_label.py --device cuda     the same on a GPU; wall-clock time
+
+The original way is what CBST's release does for each image: softmax, a transposed copy in NumPy, a Python list of
+confidences per class, a sort, a division. The read bound is one sum over the full-size logits.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib import ops  # noqa: E402
+
+CLASSES, DS_RATE, PORTION = 19, 4, 0.2
+
+
+def original_confidences(logits, size):
+    """Upsampling where necessary, softmax, prediction and one list of confidences per class."""
+    if logits.shape[1:] != size:
+        logits = F.interpolate(logits[None], size, mode="bilinear", align_corners=True)[0]
+    p = logits.softmax(0).cpu().numpy().transpose(1, 2, 0)
+    label, confidence = np.argmax(p, axis=2), np.amax(p, axis=2)
+    lists = [[] for _ in range(CLASSES)]
+    for c in range(CLASSES):
+        lists[c].extend(confidence[label == c][::DS_RATE])
+    return p, lists
+
+
+def original_thresholds(lists):
+    thresholds = np.ones(CLASSES, np.float32)
+    for c in range(CLASSES):
+        lists[c].sort(reverse=True)
+        k = int(np.floor(len(lists[c]) * PORTION))
+        if k:
+            thresholds[c] = lists[c][k - 1]
+    return thresholds
+
+
+def original_labels(p, thresholds):
+    ratio = p / thresholds
+    label = np.argmax(ratio, axis=2).astype(np.uint8)
+    label[np.amax(ratio, axis=2) < 1] = 255
+    return label
+
+
+def original_label_map(logits, size):
+    logits = F.interpolate(logits[None], size, mode="bilinear", align_corners=True)[0]
+    return np.argmax(logits.cpu().numpy().transpose(1, 2, 0), axis=2).astype(np.uint8)
+
+
+def best_ms(function, device, repeats):
+    """The first of repeats + 1 runs warms up."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    times = []
+    for _ in range(repeats + 1):
+        start = clock()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(clock() - start)
+    return 1e3 * min(times[1:])
+
+
+def peak_mib(function):
+    """Growth of the process's peak memory during one call."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # sets the peak to the present size
+    status = Path("/proc/self/status")
+
+    def field(name):
+        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith(name))
+
+    before = field("VmRSS")
+    function()
+    return max(0.0, field("VmHWM") - before)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    size, device = tuple(args.size), args.device
+    generator = torch.Generator().manual_seed(0)
+    coarse = F.interpolate(torch.randn(1, CLASSES, 17, 33, generator=generator), (65, 129), mode="bicubic")[0]
+    coarse = 3 * coarse + 0.3 * torch.randn(coarse.shape, generator=generator)  # regions with noisy borders
+    full = F.interpolate(coarse[None], size, mode="bilinear", align_corners=True)[0].contiguous()
+    coarse, full = coarse.to(device), full.to(device)
+
+    def ms(function, repeats=args.repeats):
+        return best_ms(function, device, repeats)
+
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU, one thread'}, torch {torch.__version__}, "
+          f"{ops.backend()} operators, {CLASSES} x {size[0]} x {size[1]} float32\n")
+    bound = ms(full.sum)
+    print(f"Read bound: {bound:.1f} ms.\n")
+    print("| from | step | original | ours | ratio | x read bound |\n|---|---|---|---|---|---|")
+
+    def row(source, step, theirs, mine):
+        print(f"| {source} | {step} | {theirs:.1f} | {mine:.1f} | {theirs / mine:.1f} | {mine / bound:.2f} |", flush=True)
+
+    few = max(1, args.repeats // 5)
+    ours = ms(lambda: ops.upsample_argmax(coarse, size))
+    row("65 x 129", "label map (upsample_argmax)", ms(lambda: original_label_map(coarse, size), few), ours)
+    theirs = ms(lambda: F.interpolate(coarse[None], size, mode="bilinear", align_corners=True).argmax(1), few)
+    row("65 x 129", "label map, against torch.argmax", theirs, ours)
+    hist, fine = ops.new_histogram(CLASSES, device), ops.new_histogram(CLASSES, device, fine=True)
+
+    def compare(name, logits):
+        hist.zero_(), fine.zero_()
+        ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE)
+        bins = ops.select_threshold(hist, PORTION).bins
+        kept = ops.refine_histogram_(fine, bins, logits, size, ds_rate=DS_RATE)
+        exact = ops.select_threshold(hist, PORTION, fine=fine).value
+        p, lists = original_confidences(logits, size)
+        thresholds = original_thresholds([list(x) for x in lists])
+        found, expected = ops.pseudo_label(logits, exact, size).cpu().numpy(), original_labels(p, thresholds)
+        print(f"{name}: thresholds differ by at most {np.abs(exact.cpu().numpy() / thresholds - 1).max():.1e} "
+              f"(relative), labels in {np.mean(found != expected):.1e} of the pixels", file=sys.stderr)
+
+        unsorted = iter([[list(x) for x in lists] for _ in range(few + 1)])
+        theirs = [ms(lambda: original_confidences(logits, size), few),
+                  ms(lambda: original_thresholds(next(unsorted)), few),
+                  ms(lambda: original_labels(p, thresholds), few)]
+        mine = [ms(lambda: ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE)),
+                ms(lambda: ops.refine_kept_(fine, bins, *kept, ds_rate=DS_RATE)),
+                ms(lambda: ops.pseudo_label(logits, exact, size))]
+        again = ms(lambda: ops.refine_histogram_(fine, bins, logits, size, ds_rate=DS_RATE))
+        row(name, "confidences (softmax, maximum, lists or histogram)", theirs[0], mine[0])
+        row(name, "thresholds (sort; or refining kept confidences)", theirs[1], mine[1])
+        row(name, "labels", theirs[2], mine[2])
+        row(name, "**all, exact thresholds**", sum(theirs), sum(mine))
+        row(name, "all, thresholds within 2^-11 (no refining)", sum(theirs), mine[0] + mine[2])
+        row(name, "all, exact, nothing kept (confidences computed twice)", sum(theirs), mine[0] + again + mine[2])
+        if device == "cpu":
+            del p, lists
+            memory = [peak_mib(lambda: original_labels(original_confidences(logits, size)[0], thresholds)),
+                      peak_mib(lambda: (ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE),
+                                        ops.pseudo_label(logits, exact, size)))]
+            print(f"| {name} | peak memory beside the logits and {(hist.nbytes + fine.nbytes) >> 20} MiB of histograms, "
+                  f"MiB | {memory[0]:.0f} | {memory[1]:.0f} | {memory[0] / max(memory[1], 1):.0f} | |")
+
+    compare("full size", full)
+    compare("65 x 129", coarse)
+    select = ms(lambda: ops.select_threshold(hist, PORTION, fine=fine), few)
+    print(f"\nselect_threshold takes {select:.0f} ms, once for a data set.")
+
+
+if __name__ == "__main__":
+    main()
