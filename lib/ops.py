@@ -230,7 +230,7 @@ class CycleAssociation(NamedTuple):
     back: Tensor      # [B, N1] int64
 
 
-_PANEL_BYTES = 16 << 20  # of one row panel of a similarity matrix: large enough for the GEMM, small enough for a cache
+_PANEL_BYTES = 4 << 20   # of one row panel of a similarity matrix: it stays in the cache
 _EPS = 1e-10             # the paper's code, inside logarithms
 
 
@@ -576,7 +576,7 @@ def _slices(n: int, width: int, like: Tensor):
 
 def _panels(n: int, width: int, like: Tensor, buffers: int = 1):
     """(slice, buffer [rows, width], ...) for each panel of an n x width matrix; the buffers are used again."""
-    slices = _slices(n, width, like)
+    slices = _slices(n, width if like.shape[1] < 512 else -(-width // 4), like)  # many channels: larger GEMMs win
     rows = slices[0].stop if slices else 0
     memory = [torch.empty(rows, width, dtype=like.dtype, device=like.device) for _ in range(buffers)]
     for at in slices:

@@ -1,0 +1,359 @@
+"""Cycle association: exact indices, the tiled loss against the direct form, gradients, hostile inputs."""
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lib import ops
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def mode(request):
+    if request.param == "compiled" and ops.backend() != "compiled":
+        pytest.skip("no compiled operators")
+    ops.use(request.param)
+    yield request.param
+    ops.use("auto")
+
+
+@pytest.fixture
+def compiled():
+    if ops.backend() != "compiled":
+        pytest.skip("no compiled operators")
+
+
+def vectors(kind: str, n: int, c: int, seed: int, dtype=torch.float32, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c, generator=g, dtype=dtype)
+    centres = torch.randn(7, c, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    if kind == "clustered":  # far more near-ties than float32 can tell apart
+        x = centres[torch.randint(7, (n,), generator=g)] + 1e-4 * x
+    elif kind == "duplicates":
+        x = torch.cat([centres, x[: n // 3 + 1]])[torch.randint(7 + n // 3 + 1, (n,), generator=g)]
+        x[::5] = 0
+    elif kind == "ties":  # dot products of small integers tie exactly, between different vectors too
+        x = torch.randint(-1, 2, (n, c), generator=g).to(dtype)
+    elif kind == "ranges":  # products leave the range of float32
+        x *= 10.0 ** torch.randint(-18, 19, (n, 1), generator=g).to(dtype)
+    return x.to(device)
+
+
+def unit(x):
+    norm = x.double().square().sum(1).sqrt().to(x.dtype)[:, None]
+    return (x / torch.where(norm > 0, norm, 1)).double()
+
+
+def check_exact(a, b, index, value):
+    """The float64 dot product at index is the maximum, and no lower index has a vector that ties with it exactly."""
+    a, b = unit(a), unit(b)
+    s = a @ b.t()
+    at_index = s.gather(1, index[:, None])[:, 0]
+    assert (at_index >= s.max(1).values - 1e-14).all()
+    torch.testing.assert_close(value.double(), at_index, rtol=1e-6, atol=1e-7)
+    i, j = (s > at_index[:, None] - 1e-14).nonzero(as_tuple=True)
+    i, j = i[j < index[i]], j[j < index[i]]  # summed in the operator's documented order, these must be smaller
+    assert (ops._ordered_dot(a[i], b[j]) < ops._ordered_dot(a[i], b[index[i]])).all()
+
+
+SIZES = [(1, 1, 1), (1, 15, 19), (15, 1, 256), (441, 300, 19), (300, 441, 256), (130, 77, 2048)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicates", "ties", "ranges"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_mutual_argmax(mode, size, kind, device):
+    n1, n2, c = size
+    for dtype in (torch.float32, torch.float64):
+        a, b = vectors(kind, n1, c, 1, dtype, device), vectors(kind, n2, c, 2, dtype, device)
+        row_index, row_value, col_index, col_value = ops.mutual_argmax(a, b)
+        check_exact(a, b, row_index, row_value)
+        check_exact(b, a, col_index, col_value)
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicates", "ties"])
+def test_tiles_and_threads_do_not_matter(compiled, kind):
+    """Several tiles in both directions; the same bits from the reference, from one thread and from two."""
+    a, b = vectors(kind, 1100, 32, 1), vectors(kind, 2100, 32, 2)
+    ops.use("reference")
+    expected = ops.mutual_argmax(a, b)
+    ops.use("auto")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for _ in range(2):
+                for got, want in zip(ops.mutual_argmax(a, b), expected, strict=True):
+                    assert torch.equal(got, want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_argmax_of_strided_and_half_inputs(mode):
+    a, b = vectors("random", 32, 50, 1), vectors("random", 32, 41, 2)
+    expected = ops.mutual_argmax(a.t().contiguous(), b.t().contiguous())
+    for got, want in zip(ops.mutual_argmax(a.t(), b.t()), expected, strict=True):
+        assert torch.equal(got, want)
+    a, b = a.t().bfloat16(), b.t().bfloat16()
+    assert torch.equal(ops.mutual_argmax(a, b)[0], ops.mutual_argmax(a.float(), b.float())[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_is_an_error(mode, bad):
+    a = vectors("random", 5, 4, 1)
+    with pytest.raises(ValueError, match="NaN"):
+        ops.mutual_argmax(a, torch.where(a == a[2, 2], bad, a))
+    x = torch.rand(1, 4, 2, 3)
+    x[0, 1, 1, 1] = bad
+    with pytest.raises(ValueError, match="NaN"):
+        ops.cycle_association_loss(torch.rand(1, 4, 2, 3), x, torch.zeros(1, 2, 3, dtype=torch.long))
+
+
+def test_wrong_arguments():
+    x, y = torch.rand(2, 4, 3, 3), torch.zeros(2, 3, 3, dtype=torch.long)
+    for call in (lambda: ops.mutual_argmax(x[0], x[0]), lambda: ops.mutual_argmax(torch.rand(0, 3), torch.rand(2, 3)),
+                 lambda: ops.mutual_argmax(torch.rand(2, 3), torch.rand(2, 3).double()),
+                 lambda: ops.cycle_association_loss(x, x[:1], y), lambda: ops.cycle_association_loss(x, x, y[:, :2]),
+                 lambda: ops.cycle_association_loss(x, x, y.float()), lambda: ops.spatial_aggregate(x, "cosine"),
+                 lambda: ops.cycle_association_loss(-x, x, y, metric="kl"), lambda: ops.spatial_aggregate(x[0])):
+        with pytest.raises(ValueError):
+            call()
+
+
+# ---- the loss ----
+
+def direct_loss(x_s, x_t, y_s, metric, alpha, ignore_index=255):
+    """The paper's formulas with N x N matrices and autograd."""
+    def contrast(s):
+        return (s - s.mean(1, keepdim=True).detach()) / (s.std(1, keepdim=True).detach() + 1e-10)
+
+    def similarity(p, q):
+        if metric == "cos":
+            return F.normalize(p, dim=1) @ F.normalize(q, dim=1).t()
+        return p @ (q + 1e-10).log().t() - (p * (p + 1e-10).log()).sum(1, keepdim=True)
+
+    logs = []
+    for a, v, y in zip(x_s.flatten(2).mT, x_t.flatten(2).mT, y_s.flatten(1), strict=True):
+        s = similarity(v, v)
+        z = (1 - alpha) * v + alpha * (contrast(s) if metric == "cos" else s).softmax(1) @ v
+        p, q = contrast(similarity(a, z)).softmax(1), contrast(similarity(z, a)).softmax(1)
+        j, k = p.argmax(1), q.argmax(1)
+        rows = ((y == y[k[j]]) & (y != ignore_index)).nonzero()[:, 0]
+        logs.append((p[rows, j[rows]] * q[j[rows], k[j[rows]]]).log().clamp_min(-100))
+    return -torch.cat(logs).mean(), sum(map(len, logs))
+
+
+def maps(metric, shape_s, shape_t, dtype=torch.float64, classes=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x_s, x_t = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in (shape_s, shape_t))
+    if metric == "kl":
+        x_s, x_t = (2 * x_s).softmax(1), (2 * x_t).softmax(1)
+    y = torch.randint(classes, (shape_s[0], *shape_s[2:]), generator=g)
+    y[:, 0, : shape_s[3] // 3] = 255
+    return x_s.to(dtype).requires_grad_(), x_t.to(dtype).requires_grad_(), y
+
+
+@pytest.mark.parametrize("metric", ["cos", "kl"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shapes", [((2, 19, 6, 7), (2, 19, 5, 9)), ((1, 256, 9, 5), (1, 256, 9, 5))], ids=str)
+def test_loss_and_gradients_equal_the_direct_form(mode, metric, alpha, shapes, monkeypatch):
+    monkeypatch.setattr(ops, "_PANEL_BYTES", 4096)  # several panels
+    x_s, x_t, y = maps(metric, *shapes)
+    want, kept = direct_loss(x_s, x_t, y, metric, alpha)
+    grads = torch.autograd.grad(want, (x_s, x_t))
+    got = ops.cycle_association_loss(x_s, x_t, y, metric=metric, alpha=alpha)
+    assert got.kept.item() == kept > 0
+    torch.testing.assert_close(got.loss, want, rtol=1e-10, atol=0)
+    for g, w in zip(torch.autograd.grad(got.loss, (x_s, x_t)), grads, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-10 * w.abs().max().item())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("metric", ["cos", "kl"])
+def test_float32_is_as_good_as_the_direct_form(mode, metric, device):
+    x_s, x_t, y = (t.detach().to(device) for t in maps(metric, (2, 19, 21, 21), (2, 19, 15, 30)))
+    x_s, x_t = x_s.requires_grad_(), x_t.requires_grad_()
+    want = torch.autograd.grad(direct_loss(x_s, x_t, y, metric, 0.5)[0], (x_s, x_t))
+    narrow = [x.detach().float().requires_grad_() for x in (x_s, x_t)]
+    got = torch.autograd.grad(ops.cycle_association_loss(*narrow, y, metric=metric).loss, narrow)
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).norm() < 1e-5 * w.norm()
+
+
+@pytest.mark.parametrize("metric", ["cos", "kl"])
+def test_gradcheck(mode, metric):
+    """The published gradient treats standard deviations as constants, so that numbers can only confirm kl's aggregation
+    here; for the rest test_loss_and_gradients_equal_the_direct_form compares with autograd, which detaches them too."""
+    x = maps("kl", (1, 4, 3, 3), (1, 4, 3, 3))[0]
+    if metric == "kl":
+        assert torch.autograd.gradcheck(lambda v: ops.spatial_aggregate(v, "kl", 0.5), (x,), atol=1e-7)
+        return
+    # cos: with sigma held constant, the softmax of v^ v^^T / sigma.
+    sigma = F.normalize(_flat(x), dim=1).detach() @ F.normalize(_flat(x), dim=1).detach().t()
+    sigma = sigma.std(1, keepdim=True) + 1e-10
+
+    def frozen(v):
+        unit_v = F.normalize(_flat(v), dim=1)
+        return (0.5 * _flat(v) + 0.5 * (unit_v @ unit_v.t() / sigma).softmax(1) @ _flat(v)).t().reshape(v.shape)
+
+    assert torch.autograd.gradcheck(frozen, (x,))
+    weight = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1))
+    got, = torch.autograd.grad((ops.spatial_aggregate(x, "cos", 0.5) * weight).sum(), x)
+    want, = torch.autograd.grad((frozen(x) * weight).sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def _flat(x):
+    return x[0].flatten(1).t()
+
+
+@pytest.mark.parametrize("metric", ["cos", "kl"])
+def test_numerical_gradient_of_the_loss(mode, metric):
+    """Central differences of the loss with standard deviations and indices frozen at the point of expansion."""
+    x_s, x_t, y = maps(metric, (1, 4, 3, 4), (1, 4, 4, 4), classes=2)
+    got = ops.cycle_association_loss(x_s, x_t, y, metric=metric, alpha=0.0)
+    g = torch.autograd.grad(got.loss, (x_s, x_t))
+    j, i_back, rows = got.forward[0], got.back[0], got.selected.flatten(1)[0].nonzero()[:, 0]
+
+    def scores(a, z):
+        if metric == "cos":
+            s = F.normalize(a, dim=1) @ F.normalize(z, dim=1).t()
+            return s, s.t()
+        return a @ (z + 1e-10).log().t(), z @ (a + 1e-10).log().t()
+
+    with torch.no_grad():
+        s, t = scores(_flat(x_s), _flat(x_t))
+        kl = metric == "kl"
+        own = [(p * (p + 1e-10).log()).sum(1, keepdim=True) if kl else 0 for p in (_flat(x_s), _flat(x_t))]
+        sigma, tau = ((m - o).std(1, keepdim=True) for m, o in zip((s, t), own, strict=True))
+
+    def frozen(a, z):
+        s, t = scores(_flat(a), _flat(z))
+        p, q = (s / sigma).log_softmax(1), (t / tau).log_softmax(1)
+        return -(p[rows, j[rows]] + q[j[rows], i_back[rows]]).mean()
+
+    assert torch.autograd.gradcheck(frozen, (x_s, x_t), atol=1e-6)
+    for got_grad, want in zip(g, torch.autograd.grad(frozen(x_s, x_t), (x_s, x_t)), strict=True):
+        torch.testing.assert_close(got_grad, want, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("metric", ["cos", "kl"])
+def test_nothing_kept_is_an_attached_zero(mode, metric):
+    x_s, x_t, y = maps(metric, (1, 4, 3, 3), (1, 4, 3, 3))
+    got = ops.cycle_association_loss(x_s, x_t, torch.full_like(y, 255), metric=metric)
+    assert got.loss.item() == 0 and got.kept.item() == 0 and not got.selected.any()
+    (got.loss * 0.1 + x_s.sum()).backward()
+    assert torch.equal(x_s.grad, torch.ones_like(x_s)) and not x_t.grad.any()
+
+
+@pytest.mark.parametrize("metric", ["cos", "kl"])
+def test_degenerate_maps(mode, metric):
+    """One pixel, constant images (sigma = 0), zero vectors, one class: finite losses and gradients."""
+    for shape_s, shape_t in (((1, 3, 1, 1), (1, 3, 1, 1)), ((1, 3, 2, 2), (1, 3, 1, 1)), ((1, 1, 2, 3), (1, 1, 3, 2))):
+        x_s, x_t, y = maps(metric, shape_s, shape_t, torch.float32, classes=1)
+        got = ops.cycle_association_loss(x_s, x_t, torch.zeros_like(y), metric=metric)
+        got.loss.backward()
+        assert got.loss.isfinite() and x_s.grad.isfinite().all() and x_t.grad.isfinite().all()
+    x = torch.full((1, 4, 3, 3), 0.25, requires_grad=True)
+    got = ops.cycle_association_loss(x, x, torch.zeros(1, 3, 3, dtype=torch.long), metric=metric)
+    got.loss.backward()
+    assert got.loss.item() == pytest.approx(2 * torch.log(torch.tensor(9.0)).item(), rel=1e-5)  # both softmaxes uniform
+    assert x.grad.abs().max() < 1e-4 and not got.forward.any()
+    x_s, x_t, y = maps("cos", (1, 4, 3, 3), (1, 4, 3, 3), torch.float32)
+    zeroed = x_t.detach().clone()
+    zeroed[..., 1] = 0
+    zeroed.requires_grad_()
+    if metric == "cos":
+        got = ops.cycle_association_loss(x_s, zeroed, torch.zeros_like(y), alpha=0.0)
+        got.loss.backward()
+        assert zeroed.grad.isfinite().all() and not zeroed.grad[..., 1].any()
+
+
+def test_layouts_autocast_and_no_grad(mode):
+    x_s, x_t, y = maps("cos", (2, 8, 6, 5), (2, 8, 6, 5), torch.float32)
+    want = ops.cycle_association_loss(x_s, x_t, y)
+    strided = [x.detach().to(memory_format=torch.channels_last).requires_grad_() for x in (x_s, x_t)]
+    got = ops.cycle_association_loss(*strided, y.to(torch.uint8))
+    assert torch.equal(got.forward, want.forward) and torch.equal(got.selected, want.selected)
+    torch.testing.assert_close(got.loss, want.loss)
+    for x, like in zip(torch.autograd.grad(got.loss, strided), torch.autograd.grad(want.loss, (x_s, x_t)), strict=True):
+        torch.testing.assert_close(x, like, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(ops.cycle_association_loss(x_s, x_t, y).loss, want.loss.detach())
+    narrow = [x.detach().bfloat16() for x in (x_s, x_t)]
+    wide = ops.cycle_association_loss(*(x.float() for x in narrow), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = ops.cycle_association_loss(*(x.requires_grad_() for x in narrow), y)
+        mixed = ops.spatial_aggregate(x_t)
+    assert half.loss.dtype == torch.float32 and torch.equal(half.loss, wide.loss)
+    assert torch.equal(mixed, ops.spatial_aggregate(x_t))
+    half.loss.backward()
+    assert narrow[0].grad.dtype == torch.bfloat16 and narrow[0].grad.any()
+
+
+def test_batch_is_the_mean_over_all_kept_pixels(mode):
+    x_s, x_t, y = maps("cos", (3, 8, 5, 5), (3, 8, 4, 6))
+    parts = [ops.cycle_association_loss(x_s[b:b + 1], x_t[b:b + 1], y[b:b + 1]) for b in range(3)]
+    whole = ops.cycle_association_loss(x_s, x_t, y)
+    kept = sum(p.kept for p in parts)
+    assert whole.kept == kept and all(torch.equal(whole.forward[b], p.forward[0]) for b, p in enumerate(parts))
+    torch.testing.assert_close(whole.loss, sum(p.loss * p.kept for p in parts) / kept)
+
+
+def test_repeated_runs_give_the_same_bits(mode):
+    for metric in ("cos", "kl"):
+        results = []
+        for _ in range(2):
+            x_s, x_t, y = maps(metric, (1, 19, 21, 21), (1, 19, 15, 20), torch.float32)
+            got = ops.cycle_association_loss(x_s, x_t, y, metric=metric)
+            got.loss.backward()
+            results.append((got.loss.detach(), x_s.grad, x_t.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicates", "ties"])
+def test_cuda_gives_the_same_indices(compiled, kind):
+    a, b = vectors(kind, 2100, 64, 1), vectors(kind, 1500, 64, 2)
+    for cpu, cuda in zip(ops.mutual_argmax(a, b), ops.mutual_argmax(a.cuda(), b.cuda()), strict=True):
+        assert torch.equal(cpu, cuda.cpu())
+
+
+# ---- the operators below the loss ----
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (7, 16), (33, 441)], ids=str)
+def test_panel_kernels_equal_their_reference(compiled, shape, dtype, device):
+    g = torch.Generator().manual_seed(3)
+    s, m = (torch.randn(shape, generator=g, dtype=dtype).mul_(30).to(device) for _ in range(2))
+    scale = torch.rand(shape[1], generator=g, dtype=dtype).to(device)
+    s[0] = 2.0
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-13}
+    for contrast in (True, False):
+        for col_scale in (None, scale):
+            results = []
+            for mode in ("compiled", "reference"):
+                ops.use(mode)
+                p, grad, sums = s.clone(), m.clone(), torch.ones(shape[1], dtype=dtype, device=device)
+                inverse = ops._contrast_softmax_(p, col_scale, contrast)
+                ops._softmax_grad_(grad, p, inverse.clamp(max=10.0), col_scale, sums)
+                results.append((inverse, p, grad, sums))
+            ops.use("auto")
+            for got, want in zip(*results, strict=True):
+                torch.testing.assert_close(got, want, **tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(compiled, device):
+    a, b = torch.randn(5, 3, device=device), torch.randn(4, 3, device=device)
+    rows, cols = torch.rand(5, device=device), torch.rand(3, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.library.opcheck(torch.ops.segadapt.mutual_argmax.default, (a, b))
+        torch.library.opcheck(torch.ops.segadapt.product_argmax.default, (a, b))
+        torch.library.opcheck(torch.ops.segadapt.contrast_softmax_.default, (a.clone(), None, True))
+        torch.library.opcheck(torch.ops.segadapt.contrast_softmax_.default, (a.clone(), cols, False))
+        torch.library.opcheck(torch.ops.segadapt.softmax_grad_.default, (a.clone(), a.softmax(1), rows, None, cols))
