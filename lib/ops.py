@@ -468,7 +468,7 @@ def _aggregate_backward(d_out: Tensor, v: Tensor, d_v: Tensor, metric: str, alph
 
 
 def _normalise_backward_(grad: Tensor, x: Tensor, to_unit: Tensor, scale: Tensor) -> None:
-    """grad [N, C] for x^ = x * to_unit becomes the one for the vectors that were scaled to x^: scale (g - <g, x^> x^)."""
+    """grad [N, C] for x^ = x * to_unit becomes the one for the vectors behind x^: scale (g - <g, x^> x^)."""
     for at in _slices(*x.shape, x):
         unit = x[at] * to_unit[at, None]
         g = grad[at]

@@ -18,7 +18,8 @@ TORCH_LIBRARY(segadapt, m) { m.def("mutual_argmax(Tensor a, Tensor b) -> (Tensor
 
 
 def python(code: str, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    environment = {**os.environ, **env}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -69,7 +70,8 @@ def test_processes_build_once_and_reuse(tmp_path):
     """Three processes start together: one compiles, all load; the next one finds the cache."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc/ops.cpp").write_text(TINY)
-    code = (f"from pathlib import Path; from lib import ops; import torch; ops.CSRC = Path({str(tmp_path / 'csrc')!r})\n"
+    code = ("from pathlib import Path; from lib import ops; import torch\n"
+            f"ops.CSRC = Path({str(tmp_path / 'csrc')!r})\n"
             "torch.ops.load_library(ops.build()); print(torch.ops.segadapt.mutual_argmax.default)")
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache")}
     if not ops.shutil.which(os.environ.get("CXX", "c++")):
@@ -77,7 +79,7 @@ def test_processes_build_once_and_reuse(tmp_path):
     running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE) for _ in range(3)]
     outputs = [p.communicate() for p in running]
-    assert all(p.returncode == 0 and "segadapt.mutual_argmax" in out for p, (out, _) in zip(running, outputs, strict=True))
+    assert all(p.returncode == 0 for p in running) and all("segadapt.mutual_argmax" in out for out, _ in outputs)
     assert sum("compiling" in err for _, err in outputs) == 1
     assert len(list((tmp_path / "cache").glob("*.so"))) == 1
     again = python(code, TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))

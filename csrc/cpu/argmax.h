@@ -1,7 +1,11 @@
 // Exact row and column argmax of S = (x y^T) scaled per row and column, from float32 tiles and float64 rescoring.
 #pragma once
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 
 #include <limits>
 #include <string>

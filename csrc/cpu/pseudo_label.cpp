@@ -1,7 +1,8 @@
 // Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps, without ever writing H x W x C values.
-// Images are walked row by row; a row is cut into blocks of pixels that stay in the L1 cache. All loops over pixels are plain
-// and branch-free, so that the compiler vectorises them for whatever CPU it builds for.
+// Images are walked row by row. Label maps take blocks of pixels that stay in the L1 cache, in plain loops that the compiler
+// vectorises; probabilities take strips of 16 pixels, whose maximum, sum and winner stay in registers.
 #include "pseudo_label.h"
+#include "vec.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -12,13 +13,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace segadapt {
 namespace {
 
-constexpr int64_t kBlock = 256;  // pixels: 19 classes x 256 x 4 bytes = 19 KB
+constexpr int64_t kBlock = 256, kLanes = Vec<float>::lanes;  // pixels
 
 template <typename T>
 inline T fma(T a, T b, T c) {
@@ -26,6 +29,23 @@ inline T fma(T a, T b, T c) {
   return std::fma(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+inline vf vfma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  __m256 x[2], y[2], z[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  std::memcpy(z, &c, sizeof c);
+  for (int half = 0; half < 2; ++half) x[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
+  std::memcpy(&a, x, sizeof a);
+  return a;
+#else
+  for (int64_t l = 0; l < kLanes; ++l) a[l] = fma(a[l], b[l], c[l]);
+  return a;
 #endif
 }
 
@@ -47,9 +67,9 @@ struct Axis {
   }
 };
 
-// The first class of the largest value, and that value where `top` is given; false when `check` finds one that is not finite.
+// The first class of the largest value; false when `check` is set and one is not finite.
 template <bool check, typename T, typename Value>
-bool argmax_block(int64_t classes, int64_t n, const Value& value, uint8_t* label, T* top = nullptr) {
+bool argmax_block(int64_t classes, int64_t n, const Value& value, uint8_t* label) {
   T best[kBlock], poison[kBlock];
   int32_t index[kBlock] = {};
   for (int64_t j = 0; j < n; ++j) best[j] = value(0, j);
@@ -64,7 +84,6 @@ bool argmax_block(int64_t classes, int64_t n, const Value& value, uint8_t* label
     }
   }
   for (int64_t j = 0; j < n; ++j) label[j] = static_cast<uint8_t>(index[j]);
-  if (top) std::copy(best, best + n, top);
   return !check || std::all_of(poison, poison + n, [](T p) { return p == T(0); });
 }
 
@@ -77,7 +96,7 @@ class Upsampler {
       : x_(x), classes_(classes), h_(h), w_(w), H_(rows.i0.size()), W_(columns.i0.size()), rows_(rows), columns_(columns),
         mirror_(mirror), in_place_(h == H_ && w == W_) {
     if (!in_place_) {
-      for (auto& buffer : buffer_) buffer.resize(classes * W_);
+      for (auto& buffer : buffer_) buffer.resize(classes * W_ + kLanes);  // a strip may read past its row
     }
   }
 
@@ -89,26 +108,38 @@ class Upsampler {
       std::swap(buffer_[0], buffer_[1]);
       std::swap(held_[0], held_[1]);
     }
-    load(0, top);
-    load(1, bottom);
+    fill(0, top);
+    fill(1, bottom);
   }
 
-  // Columns begin .. begin + n of one class in the selected row.
-  void read(int64_t c, int64_t begin, int64_t n, T* out) const {
-    if (in_place_) {
-      const S* x = x_ + (c * H_ + y_) * W_;
-      if (mirror_) {
-        x += W_ - 1 - begin;
-        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(x[-j]);
-      } else {
-        x += begin;
-        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(x[j]);
-      }
-      return;
+  // Stores columns begin .. begin + n (at most kLanes) of all classes to out [C][kLanes]; the rest of the lanes hold finite
+  // numbers where the map does. Returns the maxima over the classes.
+  vf gather(int64_t begin, int64_t n, float* out) const {
+    vf top = splat(-std::numeric_limits<float>::infinity());
+    const auto add = [&](int64_t c, vf v) {
+      store(out + c * kLanes, v);
+      top = vmax(v, top);
+    };
+    if (!in_place_) {
+      const float *a = buffer_[0].data() + begin, *b = buffer_[1].data() + begin;
+      const vf w0 = splat(rows_.w0[y_]), w1 = splat(rows_.w1[y_]);
+      for (int64_t c = 0; c < classes_; ++c) add(c, vfma(load(a + c * W_), w0, load(b + c * W_) * w1));
+      return top;
     }
-    const T *a = buffer_[0].data() + c * W_ + begin, *b = buffer_[1].data() + c * W_ + begin;
-    const T w0 = rows_.w0[y_], w1 = rows_.w1[y_];
-    for (int64_t j = 0; j < n; ++j) out[j] = fma(a[j], w0, b[j] * w1);
+    const S* x = x_ + y_ * W_ + (mirror_ ? W_ - 1 - begin : begin);
+    const int64_t stride = H_ * W_;
+    if constexpr (std::is_same_v<S, float>) {
+      if (n == kLanes && !mirror_) {
+        for (int64_t c = 0; c < classes_; ++c) add(c, load(x + c * stride));
+        return top;
+      }
+    }
+    float lane[kLanes] = {};
+    for (int64_t c = 0; c < classes_; ++c) {
+      for (int64_t j = 0; j < n; ++j) lane[j] = static_cast<float>(x[c * stride + (mirror_ ? -j : j)]);
+      add(c, load(lane));
+    }
+    return top;
   }
 
   // The first class of the largest value for columns begin .. begin + n; false when one is not finite.
@@ -128,7 +159,7 @@ class Upsampler {
   bool finite() const { return poison_ == T(0); }  // of the source rows used so far; reading in place checks as it goes
 
  private:
-  void load(int slot, int32_t y) {
+  void fill(int slot, int32_t y) {
     if (held_[slot] == y) return;
     held_[slot] = y;
     const int32_t *i0 = columns_.i0.data(), *i1 = columns_.i1.data();
@@ -201,43 +232,34 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
 // ---- probabilities ----------------------------------------------------------------------------------------------------------
 
 // e^x for x <= 0 to about one unit in the last place (the polynomial of Cephes' expf); 0 where the result would be subnormal.
-inline float exp_negative(float x) {
-  const float shifter = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-  const float shifted = fma(x, 1.44269504088896341f, shifter), n = shifted - shifter;
-  const float r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));
-  float p = 1.9875691500e-4f;
-  p = fma(p, r, 1.3981999507e-3f);
-  p = fma(p, r, 8.3334519073e-3f);
-  p = fma(p, r, 4.1665795894e-2f);
-  p = fma(p, r, 1.6666665459e-1f);
-  p = fma(p, r, 5.0000001201e-1f);
-  p = fma(p, r * r, r) + 1.f;
-  const int32_t exponent = __builtin_bit_cast(int32_t, shifted) - __builtin_bit_cast(int32_t, shifter) + 127;
-  return x < -87.f ? 0.f : p * __builtin_bit_cast(float, exponent << 23);
-}
-
-void add_exponentials(float* v, const float* top, float* sum, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    v[j] = exp_negative(v[j] - top[j]);
-    sum[j] += v[j];
+inline vf exp_negative(vf x) {
+  const vf shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+  const vf shifted = vfma(x, splat(1.44269504088896341f), shifter), n = shifted - shifter;
+  const vf r = vfma(n, splat(2.12194440e-4f), vfma(n, splat(-0.693359375f), x));
+  vf p = splat(1.9875691500e-4f);
+  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = vfma(p, r, splat(next));
   }
+  p = vfma(p, r * r, r) + 1.f;
+  const vi exponent = reinterpret_cast<vi>(shifted) - reinterpret_cast<vi>(shifter) + 127;
+  return x < splat(-87.f) ? vf{} : p * reinterpret_cast<vf>(exponent << 23);
 }
 
-// n pixels: the probability of class c at pixel j is value[c * kBlock + j] * scale[j].
-struct Block {
-  std::vector<float> value, scale;
+struct Strip {  // 16 pixels: the probabilities of class c are load(value + c * kLanes) * scale
+  const float* value;
+  vf scale;
 
-  explicit Block(int64_t classes) : value(classes * kBlock), scale(kBlock) {}
+  vf operator()(int64_t c) const { return load(value + c * kLanes) * scale; }
 };
 
-// The class probabilities of one image, a block of pixels at a time: softmax of the upsampled logits (or the given values),
-// its mean with the mirrored image's, times the prior. Every pass computes them here, so every pass sees the same bits.
+// The class probabilities of one image, a strip at a time: softmax of the upsampled logits (or the given values), its mean with
+// the mirrored image's, times the prior. Every pass computes them here, so every pass sees the same bits.
 template <typename S>
 class Probabilities {
  public:
   Probabilities(const Maps& maps, int64_t image, const Axis<float>& rows, const Axis<float>& columns)
       : C_(maps.logits.size(1)), W_(columns.i0.size()), area_(rows.i0.size() * W_), softmax_(!maps.probabilities),
-        prior_(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr), block_(C_), mirrored_(maps.flipped ? C_ : 0) {
+        prior_(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr), value_(C_ * kLanes), mirrored_(C_ * kLanes) {
     const int64_t h = maps.logits.size(2), w = maps.logits.size(3), offset = image * C_ * h * w;
     maps_.emplace_back(maps.logits.const_data_ptr<S>() + offset, C_, h, w, rows, columns, false);
     if (maps.flipped) maps_.emplace_back(maps.flipped->const_data_ptr<S>() + offset, C_, h, w, rows, columns, true);
@@ -248,65 +270,53 @@ class Probabilities {
     for (auto& map : maps_) map.select_row(y);
   }
 
-  const Block& read(int64_t begin, int64_t n) {
-    load(maps_[0], begin, n, block_);
-    if (maps_.size() == 2) load(maps_[1], begin, n, mirrored_);
-    if (maps_.size() == 2 || prior_) {
-      for (int64_t c = 0; c < C_; ++c) {
-        float* p = block_.value.data() + c * kBlock;
-        multiply(p, block_.scale.data(), n);
-        if (maps_.size() == 2) average(p, mirrored_.value.data() + c * kBlock, mirrored_.scale.data(), n);
-        if (prior_) multiply(p, prior_ + c * area_ + y_ * W_ + begin, n);
+  Strip read(int64_t begin, int64_t n) {
+    const Strip p = softmax(maps_[0], begin, n, value_.data());
+    if (maps_.size() == 1 && !prior_) return p;
+    const Strip q = maps_.size() == 2 ? softmax(maps_[1], begin, n, mirrored_.data()) : p;
+    float lane[kLanes] = {};
+    for (int64_t c = 0; c < C_; ++c) {
+      vf v = p(c);
+      if (maps_.size() == 2) v = (v + q(c)) * 0.5f;
+      if (prior_) {
+        std::copy_n(prior_ + c * area_ + y_ * W_ + begin, n, lane);
+        v *= load(lane);
       }
-      std::fill(block_.scale.begin(), block_.scale.end(), 1.f);
+      store(value_.data() + c * kLanes, v);
     }
-    return block_;
+    return {value_.data(), splat(1.f)};
   }
 
   bool finite() const { return finite_; }  // of everything read so far
 
  private:
-  static void multiply(float* p, const float* by, int64_t n) {
-    for (int64_t j = 0; j < n; ++j) p[j] *= by[j];
-  }
-
-  static void average(float* p, const float* value, const float* scale, int64_t n) {
-    for (int64_t j = 0; j < n; ++j) p[j] = (p[j] + value[j] * scale[j]) * 0.5f;
-  }
-
-  void load(const Upsampler<S, float>& map, int64_t begin, int64_t n, Block& out) {
-    float top[kBlock], sum[kBlock] = {};
+  Strip softmax(const Upsampler<S, float>& map, int64_t begin, int64_t n, float* value) {
+    const vf top = map.gather(begin, n, value);
+    vf sum{};
     if (!softmax_) {
-      for (int64_t c = 0; c < C_; ++c) {
-        float* v = out.value.data() + c * kBlock;
-        map.read(c, begin, n, v);
-        for (int64_t j = 0; j < n; ++j) sum[j] = fma(v[j], 0.f, sum[j]);
-      }
-      finite_ &= std::all_of(sum, sum + n, [](float x) { return x == 0.f; });
-      std::fill(out.scale.begin(), out.scale.end(), 1.f);
-      return;
+      for (int64_t c = 0; c < C_; ++c) sum += load(value + c * kLanes) * 0.f;
+      finite_ &= mask_ge(sum, vf{}) == 0xffff;
+      return {value, splat(1.f)};
     }
     for (int64_t c = 0; c < C_; ++c) {
-      float* v = out.value.data() + c * kBlock;
-      map.read(c, begin, n, v);
-      if (c == 0) std::copy(v, v + n, top);
-      for (int64_t j = 0; j < n; ++j) top[j] = v[j] > top[j] ? v[j] : top[j];
+      const vf e = exp_negative(load(value + c * kLanes) - top);
+      store(value + c * kLanes, e);
+      sum += e;
     }
-    for (int64_t c = 0; c < C_; ++c) add_exponentials(out.value.data() + c * kBlock, top, sum, n);
-    finite_ &= std::all_of(sum, sum + n, [](float x) { return x >= 1.f; });
-    for (int64_t j = 0; j < n; ++j) out.scale[j] = 1.f / sum[j];
+    finite_ &= mask_ge(sum, splat(1.f)) == 0xffff;
+    return {value, 1.f / sum};
   }
 
   int64_t C_, W_, area_, y_ = 0;
   bool softmax_, finite_ = true;
   const float* prior_;
   std::vector<Upsampler<S, float>> maps_;
-  Block block_, mirrored_;
+  std::vector<float> value_, mirrored_;
 };
 
-// Calls visit(values, scale, offset of the first pixel in [N, H, W], number of pixels) for all blocks of all images.
+// Calls visit(strip, offset of its first pixel in [N, H, W], number of pixels) for all strips of all images.
 template <typename Visit>
-void for_each_block(const Maps& maps, at::IntArrayRef size, bool parallel, const Visit& visit) {
+void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const Visit& visit) {
   const int64_t H = size[0], W = size[1], all = maps.logits.size(0) * H;
   const Axis<float> rows(maps.logits.size(2), H, maps.align_corners), columns(maps.logits.size(3), W, maps.align_corners);
   std::atomic<bool> finite{true};
@@ -317,10 +327,9 @@ void for_each_block(const Maps& maps, at::IntArrayRef size, bool parallel, const
         Probabilities<scalar_t> source(maps, image, rows, columns);
         for (; begin < stop; ++begin) {
           source.select_row(begin - image * H);
-          for (int64_t i = 0; i < W; i += kBlock) {
-            const int64_t n = std::min(kBlock, W - i);
-            const Block& block = source.read(i, n);
-            visit(block.value.data(), block.scale.data(), begin * W + i, n);
+          for (int64_t i = 0; i < W; i += kLanes) {
+            const int64_t n = std::min(kLanes, W - i);
+            visit(source.read(i, n), begin * W + i, n);
           }
         }
         if (!source.finite()) finite = false;
@@ -328,6 +337,12 @@ void for_each_block(const Maps& maps, at::IntArrayRef size, bool parallel, const
     });
   });
   TORCH_CHECK_VALUE(finite, "logits hold NaN or infinite values");
+}
+
+void store_labels(uint8_t* out, vi index, int64_t n) {
+  using bytes = uint8_t __attribute__((vector_size(kLanes)));
+  const bytes narrow = __builtin_convertvector(index, bytes);
+  std::memcpy(out, &narrow, n);
 }
 
 // ---- thresholds -------------------------------------------------------------------------------------------------------------
@@ -401,12 +416,20 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   uint8_t* y = label.mutable_data_ptr<uint8_t>();
   float* top = confidence.mutable_data_ptr<float>();
   // Counters are shared: a class's own probabilities are counted by one thread, everything else after the parallel part.
-  for_each_block(maps, size, !own, [&](const float* v, const float* scale, int64_t first, int64_t n) {
-    const auto p = [=](int64_t c, int64_t j) { return v[c * kBlock + j] * scale[j]; };
-    argmax_block<false, float>(C, n, p, y + first, top + first);
+  for_each_strip(maps, size, !own, [&](const Strip& p, int64_t first, int64_t n) {
+    vf best = p(0);
+    vi index{};
+    for (int64_t c = 1; c < C; ++c) {
+      const vf v = p(c);
+      const vi greater = v > best;
+      best = greater ? v : best;
+      index = greater ? vi{} + static_cast<int32_t>(c) : index;
+    }
+    store_labels(y + first, index, n);
+    std::memcpy(top + first, &best, n * sizeof(float));
     if (!own) return;
     for (int64_t j = (rate - first % area % rate) % rate; j < n; j += rate) {
-      for (int64_t c = 0; c < C; ++c) count(c, p(c, j));
+      for (int64_t c = 0; c < C; ++c) count(c, p(c)[j]);
     }
   });
   count_images(label, confidence, C, rate, count, !own);
@@ -426,7 +449,8 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
                         const std::optional<at::Tensor>& prior, at::IntArrayRef size, bool align_corners, bool probabilities) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
   const int64_t C = logits.size(1);
-  TORCH_CHECK_VALUE(thresholds_.scalar_type() == at::kFloat && thresholds_.numel() == C, "thresholds: expected float32 [", C, "]");
+  TORCH_CHECK_VALUE(thresholds_.scalar_type() == at::kFloat && thresholds_.numel() == C, "thresholds: expected float32 [", C,
+                    "]");
   const at::Tensor thresholds = thresholds_.contiguous();
   const float* t = thresholds.const_data_ptr<float>();
   TORCH_CHECK_VALUE(std::all_of(t, t + C, [](float x) { return x > 0.f; }), "thresholds must be positive numbers");
@@ -439,36 +463,26 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
 
   at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
   uint8_t* y = label.mutable_data_ptr<uint8_t>();
-  for_each_block(maps, size, true, [&](const float* v, const float* scale, int64_t first, int64_t n) {
-    const auto p = [=](int64_t c, int64_t j) { return v[c * kBlock + j] * scale[j]; };
-    float best[kBlock] = {}, second[kBlock] = {}, value[kBlock];
-    int32_t index[kBlock] = {};
-    for (int64_t j = 0; j < n; ++j) value[j] = p(0, j);
+  for_each_strip(maps, size, true, [&](const Strip& p, int64_t first, int64_t n) {
+    vf best{}, second{}, value{}, threshold = splat(1.f);
+    vi index{};
     for (int64_t c = 0; c < C; ++c) {
-      const float factor = inverse[c];
-      for (int64_t j = 0; j < n; ++j) {
-        const float probability = p(c, j), ratio = probability * factor;
-        const bool greater = ratio > best[j];
-        const float lower = greater ? best[j] : ratio;
-        second[j] = lower > second[j] ? lower : second[j];
-        best[j] = greater ? ratio : best[j];
-        value[j] = greater ? probability : value[j];
-        index[j] = greater ? static_cast<int32_t>(c) : index[j];
-      }
+      const vf v = p(c), ratio = v * inverse[c];
+      const vi greater = ratio > best;
+      second = vmax(second, greater ? best : ratio);
+      best = greater ? ratio : best;
+      value = greater ? v : value;
+      threshold = greater ? splat(t[c]) : threshold;
+      index = greater ? vi{} + static_cast<int32_t>(c) : index;
     }
-    const auto unclear = [&](int64_t j) { return best[j] >= near && second[j] >= best[j] * near; };
-    int32_t any = exact_only;
-    for (int64_t j = 0; j < n; ++j) {
-      any |= unclear(j);
-      index[j] = value[j] / t[index[j]] >= 1.f ? index[j] : 255;
-    }
-    for (int64_t j = 0; j < n; ++j) y[first + j] = static_cast<uint8_t>(index[j]);
-    for (int64_t j = 0; any && j < n; ++j) {
-      if (!exact_only && !unclear(j)) continue;
-      float top = p(0, j) / t[0];
+    store_labels(y + first, value / threshold >= splat(1.f) ? index : vi{} + 255, n);
+    uint32_t unclear = exact_only ? 0xffff : mask_ge(best, splat(near)) & mask_ge(second, best * near);
+    for (int64_t j = 0; unclear && j < n; ++j, unclear >>= 1) {
+      if (!(unclear & 1)) continue;
+      float top = p(0)[j] / t[0];
       int64_t winner = 0;
       for (int64_t c = 1; c < C; ++c) {
-        const float ratio = p(c, j) / t[c];
+        const float ratio = p(c)[j] / t[c];
         if (ratio > top) top = ratio, winner = c;
       }
       y[first + j] = static_cast<uint8_t>(top >= 1.f ? winner : 255);

@@ -1,0 +1,257 @@
+"""One table of the custom operators: time, share of the bound, peak memory, exactness. Not collected by pytest.
+
+    python tests/bench_ops.py [--device cuda] [--only WORD ...] [--quick] [--threads 1]
+
+Each line runs in a process of its own. Time: median of the repetitions after one warm-up. Peak memory: growth of the process
+(CPU) or of the allocator (CUDA) from the inputs' allocation to the end, less the gradients that the caller asked for.
+Bound: the float32 matrix products that cannot be avoided, or reading the input once. Mismatches: indices whose float64 value
+is below the float64 maximum.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib import ops  # noqa: E402
+
+
+class Row(NamedTuple):
+    operator: str
+    size: str
+    method: str
+    make: Callable  # device -> inputs
+    call: Callable  # inputs -> anything
+    gradients: int = 0                # bytes of the gradients in the result, which are no working memory
+    mismatches: Callable | None = None  # (inputs, result) -> int
+    repeats: int = 3
+
+
+# ---- cycle association ------------------------------------------------------------------------------------------------
+
+def features(n: int, c: int, device: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Non-negative vectors around 40 shared centres, as a network's features are; [n, c] and class labels [n]."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn(40, c, generator=torch.Generator().manual_seed(99)).relu()
+    which = torch.randint(40, (n,), generator=g)
+    return (0.3 * centres[which] + torch.randn(n, c, generator=g)).relu().to(device), (which % 19).to(device)
+
+
+def vectors(n: int, c: int):
+    return lambda device: tuple(features(n, c, device, seed)[0] for seed in (1, 2))
+
+
+def direct_argmax(a, b):
+    s = F.normalize(a, dim=1) @ F.normalize(b, dim=1).t()
+    rows, cols = s.max(1), s.max(0)
+    return rows.indices, rows.values, cols.indices, cols.values
+
+
+def tiled_argmax(a, b, rows: int = 256):
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    index, value = [], []
+    col_value, col_index = torch.full_like(b[:, 0], -torch.inf), torch.zeros(len(b), dtype=torch.int64, device=b.device)
+    for i in range(0, len(a), rows):
+        s = a[i:i + rows] @ b.t()
+        best, at = s.max(0)
+        better = best > col_value
+        col_value, col_index = torch.where(better, best, col_value), torch.where(better, at + i, col_index)
+        best, at = s.max(1)
+        index.append(at), value.append(best)
+    return torch.cat(index), torch.cat(value), col_index, col_value
+
+
+def faiss_argmax(a, b):
+    import faiss
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    a, b = F.normalize(a, dim=1).numpy(), F.normalize(b, dim=1).numpy()
+    found = []
+    for x, y in ((a, b), (b, a)):
+        index = faiss.IndexFlatIP(y.shape[1])
+        index.add(y)
+        value, at = index.search(x, 1)
+        found += [torch.from_numpy(at[:, 0]), torch.from_numpy(value[:, 0])]
+    return found
+
+
+def argmax_mismatches(inputs, result) -> int:
+    a, b = (ops._normalised(x).double() for x in inputs)
+    count = 0
+    for x, y, index in ((a, b, result[0]), (b, a, result[2])):
+        for i in range(0, len(x), 512):
+            s = x[i:i + 512] @ y.t()
+            count += int((s.gather(1, index[i:i + 512, None])[:, 0] < s.max(1).values - 1e-14).sum())
+    return count
+
+
+def pairs(metric: str, n: int, c: int):
+    def make(device):
+        side = int(n ** 0.5)
+        result = []
+        for seed in (1, 2):
+            x, y = features(n, c, device, seed)
+            x = (2 * x).softmax(1) if metric == "kl" else x
+            result.append(x.t().reshape(1, c, -1, side).contiguous().requires_grad_())
+            labels = y.reshape(1, -1, side) if seed == 1 else labels
+        return *result, labels
+    return make
+
+
+def direct_loss(x_s, x_t, y_s, metric: str, alpha: float = 0.5):
+    """The straightforward form: N x N matrices and autograd."""
+    def contrast(s):
+        return (s - s.mean(1, keepdim=True).detach()) / (s.std(1, keepdim=True).detach() + 1e-10)
+
+    def kl(p, q):
+        return p @ (q + 1e-10).log().t() - (p * (p + 1e-10).log()).sum(1, keepdim=True)
+
+    a, v, y = x_s[0].flatten(1).t(), x_t[0].flatten(1).t(), y_s.flatten()
+    s = contrast(F.normalize(v, dim=1) @ F.normalize(v, dim=1).t()) if metric == "cos" else kl(v, v)
+    z = (1 - alpha) * v + alpha * s.softmax(1) @ v
+    if metric == "cos":
+        s12 = F.normalize(a, dim=1) @ F.normalize(z, dim=1).t()
+        s21 = s12.t()
+    else:
+        s12, s21 = kl(a, z), kl(z, a)
+    p, q = contrast(s12).softmax(1), contrast(s21).softmax(1)
+    j, k = p.argmax(1), q.argmax(1)
+    rows = ((y == y[k[j]]) & (y != 255)).nonzero()[:, 0]
+    return -(p[rows, j[rows]] * q[j[rows], k[j[rows]]]).log().clamp_min(-100).mean()
+
+
+def backward(loss: Callable, metric: str):
+    return lambda x_s, x_t, y: torch.autograd.grad(loss(x_s, x_t, y, metric), (x_s, x_t))
+
+
+def products(count: int):
+    """As many N x N x C float32 products, in tiles that are used again."""
+    def call(x_s, x_t, _):
+        a, b = x_s.detach()[0].flatten(1).t().contiguous(), x_t.detach()[0].flatten(1).t().contiguous()
+        out = a.new_empty(512, len(b))
+        for _ in range(count):
+            for i in range(0, len(a), 512):
+                torch.mm(a[i:i + 512], b.t(), out=out[:len(a[i:i + 512])])
+    return call
+
+
+def association_rows(device: str) -> list[Row]:
+    rows = []
+    for c in (256, 2048):
+        size = f"N = 8192, C = {c}"
+        make = vectors(8192, c)
+        methods = {"direct": direct_argmax, "tiled": tiled_argmax, "compiled": ops.mutual_argmax}
+        if device == "cpu":
+            methods["faiss"] = faiss_argmax
+        rows.append(Row("mutual_argmax", size, "bound: GEMM", make, lambda a, b: a @ b.t()))
+        rows += [Row("mutual_argmax", size, m, make, f, 0, argmax_mismatches) for m, f in methods.items()]
+    for metric, n, c, count in (("kl", 4096, 19, 9), ("kl", 8464, 19, 9), ("cos", 8464, 256, 9), ("cos", 8464, 2048, 9)):
+        name, size, make = f"association {metric}", f"N = {n}, C = {c}", pairs(metric, n, c)
+        gradients, repeats = 2 * n * c * 4, 1 if c == 2048 else 3
+
+        def ours(x_s, x_t, y, metric):
+            return ops.cycle_association_loss(x_s, x_t, y, metric=metric).loss
+
+        rows.append(Row(name, size, "bound: 9 GEMMs", make, products(count), 0, None, repeats))
+        rows.append(Row(name, size, "direct", make, backward(direct_loss, metric), gradients, None, repeats))
+        rows.append(Row(name, size, "tiled", make, backward(ours, metric), gradients, None, repeats))
+        rows.append(Row(name, size, "compiled", make, backward(ours, metric), gradients, None, repeats))
+    return rows
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------
+
+def all_rows(device: str) -> list[Row]:
+    return association_rows(device)
+
+
+def measure(row: Row, device: str, threads: int, quick: bool) -> dict:
+    """Run one row in this process."""
+    torch.set_num_threads(threads)
+    ops.use("compiled" if row.method == "compiled" else "reference")
+    cuda = device == "cuda"
+    inputs = row.make(device)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else reset_peak()
+    times = []
+    for repeat in range(1 + (1 if quick else row.repeats)):
+        start = time.perf_counter()
+        result = row.call(*inputs)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        if repeat == 0 and times[0] > 8:  # long enough for its warm-up not to matter
+            break
+    peak = (torch.cuda.max_memory_allocated() if cuda else peak_bytes()) - before
+    wrong = row.mismatches(inputs, result) if row.mismatches else None
+    return {"ms": 1e3 * statistics.median(times[1:] or times), "mb": (peak - row.gradients) / 2**20, "wrong": wrong}
+
+
+def reset_peak() -> int:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak that making the inputs left
+    except OSError:
+        pass
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    try:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one repetition")
+    parser.add_argument("--only", nargs="+", default=[], help="rows that contain all of these words")
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    rows = all_rows(args.device)
+    if args.row is not None:
+        print(json.dumps(measure(rows[args.row], args.device, args.threads, args.quick)))
+        return 0
+    ops.require_compiled()  # built once, before the processes start
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{name}, {args.threads} thread(s), PyTorch {torch.__version__}\n")
+    print("| operator | size | method | ms | of the bound | against direct | working memory, MB | mismatches |")
+    print("|---|---|---|---|---|---|---|---|")
+    done = {}
+    for index, row in enumerate(rows):
+        if not all(w in f"{row.operator} {row.size} {row.method}" for w in args.only):
+            continue
+        command = [sys.executable, __file__, "--row", str(index), "--device", args.device, "--threads", str(args.threads)]
+        run = subprocess.run(command + ["--quick"] * args.quick, capture_output=True, text=True)
+        if run.returncode:
+            reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit code {run.returncode}"
+            print(f"| {row.operator} | {row.size} | {row.method} | ({reason}) | | | | |", flush=True)
+            continue
+        got = json.loads(run.stdout.splitlines()[-1])
+        mine = done.setdefault((row.operator, row.size), {})
+        mine["bound" if row.method.startswith("bound") else row.method] = got["ms"]
+        share = f"{mine['bound'] / got['ms']:.2f}" if "bound" in mine else ""
+        gain = f"{mine['direct'] / got['ms']:.1f} x" if "direct" in mine else ""
+        wrong = "" if got["wrong"] is None else got["wrong"]
+        print(f"| {row.operator} | {row.size} | {row.method} | {got['ms']:.1f} | {share} | {gain} | {got['mb']:.0f} | {wrong} |",
+              flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
