@@ -258,9 +258,10 @@ const int64_t* data(const std::optional<at::Tensor>& bins) {
 }
 
 // Without bins, also adds the number of pixels of each class.
-void count_images(at::Tensor& hist, const std::optional<at::Tensor>& bins, const at::Tensor& label, const at::Tensor& confidence,
-                  int64_t rate, bool sample) {
-  const int64_t N = label.size(0), C = hist.size(0), area = label.size(1) * label.size(2), chunks = (area + kChunk - 1) / kChunk;
+void count_images(at::Tensor& hist, const std::optional<at::Tensor>& bins, const at::Tensor& label,
+                  const at::Tensor& confidence, int64_t rate, bool sample) {
+  const int64_t N = label.size(0), C = hist.size(0), area = label.size(1) * label.size(2);
+  const int64_t chunks = (area + kChunk - 1) / kChunk;
   TORCH_CHECK_VALUE(N * chunks <= INT32_MAX, "too many pixels for one batch");
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const unsigned int blocks = static_cast<unsigned int>(N * chunks);
