@@ -1,7 +1,7 @@
 """Times the pseudo-label operators on one 19-class map against the original way and prints a Markdown table.
 
-    taskset -c 1 python tests/bench_pseudo_label.py      one CPU thread; milliseconds of CPU time, the best of several runs
-    python tests/bench_pseudo_label.py --device cuda     the same on a GPU; wall-clock time
+    taskset -c 1 python tests/bench_pseudo_label.py    one CPU thread: milliseconds of CPU time, best of several runs
+    python tests/bench_pseudo_label.py --device cuda   the same on a GPU: wall-clock time
 
 The original way is what CBST's release does for each image: softmax, a transposed copy in NumPy, a Python list of
 confidences per class, a sort, a division. The read bound is one sum over the full-size logits.
@@ -108,7 +108,8 @@ def main(argv=None):
     print("| from | step | original | ours | ratio | x read bound |\n|---|---|---|---|---|---|")
 
     def row(source, step, theirs, mine):
-        print(f"| {source} | {step} | {theirs:.1f} | {mine:.1f} | {theirs / mine:.1f} | {mine / bound:.2f} |", flush=True)
+        print(f"| {source} | {step} | {theirs:.1f} | {mine:.1f} | {theirs / mine:.1f} | {mine / bound:.2f} |",
+              flush=True)
 
     few = max(1, args.repeats // 5)
     ours = ms(lambda: ops.upsample_argmax(coarse, size))
@@ -125,7 +126,8 @@ def main(argv=None):
         exact = ops.select_threshold(hist, PORTION, fine=fine).value
         p, lists = original_confidences(logits, size)
         thresholds = original_thresholds([list(x) for x in lists])
-        found, expected = ops.pseudo_label(logits, exact, size).cpu().numpy(), original_labels(p, thresholds)
+        found = ops.pseudo_label(logits, exact, size).cpu().numpy()
+        expected = original_labels(p, thresholds)
         print(f"{name}: thresholds differ by at most {np.abs(exact.cpu().numpy() / thresholds - 1).max():.1e} "
               f"(relative), labels in {np.mean(found != expected):.1e} of the pixels", file=sys.stderr)
 
@@ -148,8 +150,9 @@ def main(argv=None):
             memory = [peak_mib(lambda: original_labels(original_confidences(logits, size)[0], thresholds)),
                       peak_mib(lambda: (ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE),
                                         ops.pseudo_label(logits, exact, size)))]
-            print(f"| {name} | peak memory beside the logits and {(hist.nbytes + fine.nbytes) >> 20} MiB of histograms, "
-                  f"MiB | {memory[0]:.0f} | {memory[1]:.0f} | {memory[0] / max(memory[1], 1):.0f} | |")
+            histograms = (hist.nbytes + fine.nbytes) >> 20
+            print(f"| {name} | peak memory beside the logits and {histograms} MiB of histograms, MiB "
+                  f"| {memory[0]:.0f} | {memory[1]:.0f} | {memory[0] / max(memory[1], 1):.0f} | |")
 
     compare("full size", full)
     compare("65 x 129", coarse)
