@@ -2,14 +2,15 @@
 
     python tests/bench_ops.py [--device cuda] [--only WORD ...] [--quick] [--threads 1]
 
-Each line runs in a process of its own. Time: median of the repetitions after one warm-up. Peak memory: growth of the process
-(CPU) or of the allocator (CUDA) from the inputs' allocation to the end, less the gradients that the caller asked for.
-Bound: the float32 matrix products that cannot be avoided, or reading the input once. Mismatches: indices whose float64 value
-is below the float64 maximum.
+Each line runs in a process of its own. Time: median of the repetitions after one warm-up. Peak memory: growth of the
+process (CPU) or of the allocator (CUDA) from the inputs' allocation to the end, less the gradients that were asked for.
+Bound: the float32 matrix products that cannot be avoided, or reading the input once. Mismatches: indices whose float64
+value is below the float64 maximum.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -31,14 +32,14 @@ class Row(NamedTuple):
     operator: str
     size: str
     method: str
-    make: Callable  # device -> inputs
-    call: Callable  # inputs -> anything
-    gradients: int = 0                # bytes of the gradients in the result, which are no working memory
+    make: Callable                      # device -> inputs
+    call: Callable                      # inputs -> anything
+    gradients: int = 0                  # bytes of the gradients in the result, which are no working memory
     mismatches: Callable | None = None  # (inputs, result) -> int
     repeats: int = 3
 
 
-# ---- cycle association ------------------------------------------------------------------------------------------------
+# ---- cycle association ---------------------------------------------------------------------------------------------
 
 def features(n: int, c: int, device: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Non-negative vectors around 40 shared centres, as a network's features are; [n, c] and class labels [n]."""
@@ -103,8 +104,9 @@ def pairs(metric: str, n: int, c: int):
             x, y = features(n, c, device, seed)
             x = (2 * x).softmax(1) if metric == "kl" else x
             result.append(x.t().reshape(1, c, -1, side).contiguous().requires_grad_())
-            labels = y.reshape(1, -1, side) if seed == 1 else labels
-        return *result, labels
+            result.append(y.reshape(1, -1, side))
+        x_s, y_s, x_t, _ = result
+        return x_s, x_t, y_s
     return make
 
 
@@ -155,21 +157,21 @@ def association_rows(device: str) -> list[Row]:
             methods["faiss"] = faiss_argmax
         rows.append(Row("mutual_argmax", size, "bound: GEMM", make, lambda a, b: a @ b.t()))
         rows += [Row("mutual_argmax", size, m, make, f, 0, argmax_mismatches) for m, f in methods.items()]
-    for metric, n, c, count in (("kl", 4096, 19, 9), ("kl", 8464, 19, 9), ("cos", 8464, 256, 9), ("cos", 8464, 2048, 9)):
+    for metric, n, c in (("kl", 4096, 19), ("kl", 8464, 19), ("cos", 8464, 256), ("cos", 8464, 2048)):
         name, size, make = f"association {metric}", f"N = {n}, C = {c}", pairs(metric, n, c)
         gradients, repeats = 2 * n * c * 4, 1 if c == 2048 else 3
 
         def ours(x_s, x_t, y, metric):
             return ops.cycle_association_loss(x_s, x_t, y, metric=metric).loss
 
-        rows.append(Row(name, size, "bound: 9 GEMMs", make, products(count), 0, None, repeats))
+        rows.append(Row(name, size, "bound: 9 GEMMs", make, products(9), 0, None, repeats))
         rows.append(Row(name, size, "direct", make, backward(direct_loss, metric), gradients, None, repeats))
         rows.append(Row(name, size, "tiled", make, backward(ours, metric), gradients, None, repeats))
         rows.append(Row(name, size, "compiled", make, backward(ours, metric), gradients, None, repeats))
     return rows
 
 
-# ---- the table --------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------------------------
 
 def all_rows(device: str) -> list[Row]:
     return association_rows(device)
@@ -200,10 +202,8 @@ def measure(row: Row, device: str, threads: int, quick: bool) -> dict:
 
 
 def reset_peak() -> int:
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak that making the inputs left
-    except OSError:
-        pass
     return peak_bytes()
 
 
@@ -236,8 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     for index, row in enumerate(rows):
         if not all(w in f"{row.operator} {row.size} {row.method}" for w in args.only):
             continue
-        command = [sys.executable, __file__, "--row", str(index), "--device", args.device, "--threads", str(args.threads)]
-        run = subprocess.run(command + ["--quick"] * args.quick, capture_output=True, text=True)
+        options = ["--row", str(index), "--device", args.device, "--threads", str(args.threads)]
+        options += ["--quick"] * args.quick
+        run = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
         if run.returncode:
             reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit code {run.returncode}"
             print(f"| {row.operator} | {row.size} | {row.method} | ({reason}) | | | | |", flush=True)
@@ -248,8 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         share = f"{mine['bound'] / got['ms']:.2f}" if "bound" in mine else ""
         gain = f"{mine['direct'] / got['ms']:.1f} x" if "direct" in mine else ""
         wrong = "" if got["wrong"] is None else got["wrong"]
-        print(f"| {row.operator} | {row.size} | {row.method} | {got['ms']:.1f} | {share} | {gain} | {got['mb']:.0f} | {wrong} |",
-              flush=True)
+        cells = [row.operator, row.size, row.method, f"{got['ms']:.1f}", share, gain, f"{got['mb']:.0f}"]
+        print("| " + " | ".join([*cells, str(wrong)]) + " |", flush=True)
     return 0
 
 
