@@ -33,6 +33,7 @@ from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
 from lib.datasets.folder import Pair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment
+from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, MODELS, build, set_bn_affine, set_train_mode
 from lib.models.discriminator import FCDiscriminator
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
@@ -44,7 +45,8 @@ FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", 
 # --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
 DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
             arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), snapshot_dir="snapshots/demo",
-            num_steps=600, batch_size=2, learning_rate=2.5e-3, save_pred_every=200, num_workers=0, random_mirror=True)
+            num_steps=450, learning_rate=2.5e-3, lambda_adv_target1=0.01, lambda_adv_target2=0.05, random_mirror=True,
+            save_pred_every=450, num_workers=0)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -268,6 +270,10 @@ def train(args: argparse.Namespace) -> Outcome | int:
     # data
     source, target = load_description(args.source), load_description(args.target)
     size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
+    least = 32 if args.adapt == "output" else 256  # D halves five times, and features are an eighth of the image
+    if not args.source_only and min(*size_s, *size_t) < least:
+        raise UserError(f"--adapt {args.adapt} needs images of at least {least}x{least} for its discriminators, not "
+                        f"{size_s} and {size_t}: choose a larger --input-size and --input-size-target")
     data = open_pair(
         source, target, Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label),
         Augment(size_t, pixels, False, args.random_mirror, args.ignore_label), num_classes=args.num_classes,

@@ -28,7 +28,9 @@ def cli(main: Callable[[list[str] | None], int | None]) -> None:
     try:
         code = main(None)
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        # what a loader process raises comes here with that process's traceback before it
+        text = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
+        print(f"{Path(sys.argv[0]).name}: {text.rstrip()}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 130
