@@ -60,7 +60,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--overlay", action="store_true", help="also NAME_overlay.png: colours over the image")
     p.add_argument("--panels", action="store_true", help="also NAME_panel.png: image, truth if known, prediction")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
-    p.add_argument("--ignore-label", type=int, default=255)
     p.add_argument("--num-workers", type=int, default=2, help="processes that decode and resize ahead")
     p.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off",
                    help="weights and activations in 16 bits (under 1 %% of the label map changes)")
@@ -113,9 +112,8 @@ def open_images(args: argparse.Namespace, data: Description, task: Description, 
             raise UserError(f"--images {folder}: no picture ({', '.join(sorted(PICTURES))})")
         return images, None
     root, set_ = args.data_dir or data.root, args.set or data.sets["val"]
-    augment = Augment(data.size, pixels, ignore=args.ignore_label)
-    folder = ImageFolder(data, root, set_, classes, augment, task=task, labelled=data.labels is not None,
-                         list_file=args.data_list)
+    folder = ImageFolder(data, root, set_, classes, Augment(data.size, pixels), task=task,
+                         labelled=data.labels is not None, list_file=args.data_list)
     there = [label.is_file() for label in folder.labels or ()]
     if any(there) and not all(there):
         raise UserError(f"{sum(there)} of {len(there)} images of {data.name} ({root}, {set_}) have a label; not there: "
@@ -132,8 +130,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = load_description(known["task"]) if "classes" in known else data
     classes = tuple(known.get("classes") or select_classes(task, None, known["num_classes"]))
     palette = task.palette[[task.classes.index(name) for name in classes]]
-    size = args.size or (known["size"][1] if args.images and "size" in known else tuple(known.get("size", data.size)))
+    size = tuple(args.size or known.get("size", data.size))
+    if args.images and not args.size:
+        size = size[1]  # pictures of any proportions keep them
     images, labelled = open_images(args, data, task, classes, known["pixels"])
+    if args.json and labelled is None:
+        raise UserError("--json: there are no labels to score against")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: its folder does not exist")
     save = Path(args.save or f"result/{Path(args.images).name if args.images else data.name}")
     save = None if args.save == "none" else save
     if args.label_ids and (data.encoding == "rgb" or not set(classes) <= set(data.classes)):
@@ -215,8 +219,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.json and run.is_main:
             scores = {"restore_from": args.restore_from, **metrics.iou_dict(classes, confusion)}
             Path(args.json).write_text(json.dumps(scores, indent=1) + "\n")
-    elif args.json:
-        raise UserError("--json: there are no labels to score against")
 
 
 def check_names(images: Sequence[Path], save: Path | None) -> None:
