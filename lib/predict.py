@@ -94,7 +94,7 @@ def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int],
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
         layer.train()
-    for views in DataLoader(ViewSet(images, size, pixels), None, num_workers=workers):
+    for views in DataLoader(ViewSet(images, size, pixels), None, num_workers=workers, generator=torch.Generator()):
         with run.autocast():
             net(views.tensors[0][None].to(run.device))
     return net.eval()
@@ -131,7 +131,7 @@ def predictions(net: nn.Module, views: ViewSet, run: Run, *, flip: bool = False,
     Decoding and resizing run ahead in ``workers`` processes. share=True: only this process's share of the images.
     """
     indices = range(run.rank, len(views), run.world) if share else range(len(views))
-    for item in DataLoader(views, None, sampler=indices, num_workers=workers):
+    for item in DataLoader(views, None, sampler=indices, num_workers=workers, generator=torch.Generator()):
         height, width = item.image.shape[:2]
         label = predict(net, item.tensors, (width, height), run, flip=flip, align_corners=align_corners)
         yield int(item.index), np.asarray(item.image), label.cpu().numpy()

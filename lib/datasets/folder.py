@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -99,8 +100,9 @@ def endless(dataset: ImageFolder, batch: int, workers: int, *, seed: int, start:
             world: int = 1, pin: bool = False) -> Iterator[Sample]:
     """Batches without end, from batch number ``start`` on."""
     sampler = EndlessSampler(len(dataset), batch, seed, start, rank, world)
+    # With a generator of its own a loader draws nothing from the run's, whose state resume.pth keeps.
     return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin,
-                           worker_init_fn=outlive_stop))
+                           worker_init_fn=outlive_stop, generator=torch.Generator()))
 
 
 def outlive_stop(worker: int) -> None:
