@@ -164,7 +164,7 @@ def pictures(nets: Mapping[str, nn.Module], data: Pair, size: tuple[int, int], p
         maps = [data.validation.truth(index), *(
             predict(net, item.tensors, item.image.shape[1::-1], run).cpu().numpy() for net in fast.values())]
         rows.append([Image.fromarray(item.image), *(visual.colour_map(m, data.palette) for m in maps)])
-    width = min(rows[0][0].width, 480)
-    key = visual.legend(data.classes, data.palette, (len(rows[0])) * (width + 4) - 4)
+    width = min(max(rows[0][0].width, 256), 480)
+    key = visual.legend(data.classes, data.palette, len(rows[0]) * (width + 4) - 4)
     path.parent.mkdir(parents=True, exist_ok=True)
     visual.panel(rows, ["image", "truth", *nets], width, key=key).save(path)

@@ -1,12 +1,15 @@
-"""Networks of adaptsegnet_models.* in float64 and float32; iterations of adaptsegnet_steps.* with the script's own functions."""
+"""Networks of adaptsegnet_models.*, and the iterations of adaptsegnet_steps.* with the script's own functions."""
 import numpy as np
 import pytest
 import torch
 from conftest import fill, load_reference
 from torch.nn import functional as F
 
+import train_adaptsegnet as script
 from lib.models.deeplab import Deeplab, DeeplabMulti, DeeplabVGG
 from lib.models.discriminator import FCDiscriminator
+from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
+from lib.run import Run
 
 NETWORKS = {"deeplab_multi": DeeplabMulti, "deeplab_single": Deeplab, "deeplab_vgg": DeeplabVGG,
             "discriminator": FCDiscriminator}
@@ -69,15 +72,9 @@ VARIANTS = ["a_multi_vanilla", "b_single_ls", "c_iter_size_2", "d_batch_2"]
 
 
 def iterate(info, data, variant, semantics):
-    """Three iterations as main() performs them; yields the losses and returns the trained modules."""
-    from argparse import Namespace
-
-    import train_adaptsegnet as script
-    from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
-    from lib.run import Run
-
+    """Three iterations as train() performs them -> (losses of each, the trained modules, their state before)."""
     settings = info["variants"][variant]
-    args: Namespace = script.parse_args(["--multi-level", *settings["arguments"]])
+    args = script.parse_args(["--multi-level", *settings["arguments"]])
     run = Run(torch.device("cpu"), 0, 1, "off")
     modules = {"G": DeeplabMulti(info["num_classes"]), "D1": FCDiscriminator(info["num_classes"]),
                "D2": FCDiscriminator(info["num_classes"])}
@@ -135,8 +132,7 @@ def test_iterations(variant, semantics):
             norms = golden[f"after_{name}"][key]
             assert value.norm().item() == pytest.approx(norms["l2"], rel=1e-9, abs=1e-12), key
             # sums cancel: compare on the scale of the tensor
-            assert value.sum().item() == pytest.approx(norms["sum"], rel=1e-9, abs=1e-9 * max(1, value.abs().sum().item()))
+            assert value.sum().item() == pytest.approx(norms["sum"], rel=1e-9, abs=1e-9 * value.abs().sum().item())
             delta = (value - before[name][key]).norm().item()
-            assert delta == pytest.approx(norms["delta_l2"], rel=1e-8, abs=1e-12), key
-    assert modules["G"].state_dict()["bn1.num_batches_tracked"] == golden["num_batches_tracked"] \
-        if not isinstance(golden["num_batches_tracked"], dict) else True
+            assert delta == pytest.approx(norms["delta_l2"], rel=1e-9, abs=1e-12), key
+    assert modules["G"].state_dict()["bn1.num_batches_tracked"] == golden["num_batches_tracked"]
