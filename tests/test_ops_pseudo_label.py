@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from lib import ops
 
 BACKENDS = ["reference", "compiled"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -19,10 +20,13 @@ def backend(request):
     ops.use(before)
 
 
+SHAPES = [((19, 33, 65), (256, 512)), ((5, 33, 33), (100, 130)), ((3, 30, 20), (217, 23)), ((4, 100, 300), (64, 128)),
+          ((255, 4, 4), (70, 90)), ((1, 5, 5), (100, 100)), ((7, 20, 30), (20, 130)), ((6, 1, 1), (90, 41)),
+          ((6, 17, 300), (1, 300))]
+
+
 @pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("shape,size", [((19, 33, 65), (256, 512)), ((5, 33, 33), (100, 130)), ((3, 30, 20), (217, 23)),
-                                        ((4, 100, 300), (64, 128)), ((255, 4, 4), (70, 90)), ((1, 5, 5), (100, 100)),
-                                        ((7, 20, 30), (20, 130)), ((6, 1, 1), (90, 41)), ((6, 17, 300), (1, 300))])
+@pytest.mark.parametrize("shape,size", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_upsample_argmax_equals_interpolate_then_argmax(backend, shape, size, align_corners, dtype):
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -80,7 +84,8 @@ def sorted_thresholds(images, portion, ds_rate, own=False, pooled=False):
 
 def exact_threshold(images, hist, portion, pooled=False, **options):
     """The second pass and its result."""
-    fine, bins = ops.new_histogram(len(hist), fine=True), ops.select_threshold(hist, portion, pooled=pooled).bins
+    fine = ops.new_histogram(len(hist), hist.device, fine=True)
+    bins = ops.select_threshold(hist, portion, pooled=pooled).bins
     for p in images:
         ops.refine_histogram_(fine, bins, p, **options)
     return ops.select_threshold(hist, portion, fine=fine, pooled=pooled)
@@ -169,22 +174,27 @@ def test_histograms_merge_and_batches_equal_single_images(backend):
 
 OPTIONS = [{}, {"align_corners": False}, {"flip": True}, {"prior": True},
            {"flip": True, "prior": True, "align_corners": False}]
+SIZES = [((2, 9, 13, 33), (97, 258)), ((2, 9, 40, 300), (40, 300)), ((1, 1, 5, 5), (70, 70))]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("shape,size", [((2, 9, 13, 33), (97, 258)), ((2, 9, 40, 300), (40, 300)),
-                                        ((1, 1, 5, 5), (70, 70))])
-def test_compiled_agrees_with_reference_on_logits(options, shape, size):
-    if ops._load():
-        pytest.skip(f"not compiled: {ops._load()}")
+def logits_and(options, shape, size):
+    """Logits and the keyword arguments for them."""
     g = torch.Generator().manual_seed(3)
     kwargs = {"align_corners": options.get("align_corners", True)}
     if options.get("flip"):
         kwargs["flipped"] = 3 * torch.randn(shape, generator=g)
     if options.get("prior"):
         kwargs["prior"] = torch.rand(shape[1], *size, generator=g)
-    results = []
-    logits, before = 3 * torch.randn(shape, generator=g), ops._state["mode"]
+    return 3 * torch.randn(shape, generator=g), kwargs
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape,size", SIZES)
+def test_compiled_agrees_with_reference_on_logits(options, shape, size):
+    if ops._load():
+        pytest.skip(f"not compiled: {ops._load()}")
+    logits, kwargs = logits_and(options, shape, size)
+    results, before = [], ops._state["mode"]
     try:
         for mode in BACKENDS:
             ops.use(mode)
@@ -284,17 +294,87 @@ def test_a_second_pass_that_differs_is_reported(backend):
         assert torch.equal(ops.select_threshold(hist, 0.2, fine=fine).value, coarse.value)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_opcheck(device):
     if ops._load():
         pytest.skip(f"not compiled: {ops._load()}")
-    x, prior = torch.randn(2, 4, 5, 6), torch.rand(4, 9, 11)
-    hist, fine = ops.new_histogram(4), ops.new_histogram(4, fine=True)
-    library = torch.ops.segadapt
-    torch.library.opcheck(library.upsample_argmax, (x, (9, 11), True))
-    torch.library.opcheck(library.confidence_histogram_,
-                          (hist, None, x, x.flip(-1), prior, (9, 11), True, False, 2, False))
-    torch.library.opcheck(library.confidence_histogram_,
-                          (fine, torch.zeros(4, dtype=torch.int64), x, None, None, (9, 11), True, True, 1, True))
-    label = torch.randint(0, 4, (2, 5, 6), dtype=torch.uint8)
-    torch.library.opcheck(library.count_confidences_, (hist, None, label, torch.rand(2, 5, 6), 2))
-    torch.library.opcheck(library.pseudo_label, (x, torch.ones(4), x.flip(-1), prior, (9, 11), False, False))
+    x, prior = torch.randn(2, 4, 5, 6, device=device), torch.rand(4, 9, 11, device=device)
+    hist, fine = ops.new_histogram(4, device), ops.new_histogram(4, device, fine=True)
+    bins, thresholds = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, device=device)
+    label, confidence = torch.zeros(2, 5, 6, dtype=torch.uint8, device=device), torch.rand(2, 5, 6, device=device)
+    library, size, mirrored = torch.ops.segadapt, (9, 11), x.flip(-1)
+    torch.library.opcheck(library.upsample_argmax, (x, size, True))
+    torch.library.opcheck(library.confidence_histogram_, (hist, None, x, mirrored, prior, size, True, False, 2, False))
+    torch.library.opcheck(library.confidence_histogram_, (fine, bins, x, None, None, size, True, True, 1, True))
+    torch.library.opcheck(library.count_confidences_, (hist, None, label, confidence, 2))
+    torch.library.opcheck(library.pseudo_label, (x, thresholds, mirrored, prior, size, False, False))
+
+
+# ---- CUDA against the CPU -------------------------------------------------------------------------------------
+
+@needs_gpu
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("shape,size", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_cuda_gives_the_same_label_map(backend, shape, size, align_corners, dtype):
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = ops.upsample_argmax(x.to("cuda"), size, align_corners)
+    assert found.device.type == "cuda" and torch.equal(found.cpu(), ops.upsample_argmax(x, size, align_corners))
+
+
+@needs_gpu
+def test_cuda_label_map_of_ties_and_memory_formats(backend):
+    x = torch.randint(0, 3, (2, 19, 40, 100), generator=torch.Generator().manual_seed(0)).float()
+    expected = x.argmax(1).to(torch.uint8)
+    for memory in (torch.contiguous_format, torch.channels_last):
+        assert torch.equal(ops.upsample_argmax(x.to("cuda").contiguous(memory_format=memory)).cpu(), expected)
+    assert ops.upsample_argmax(x[:0].to("cuda"), (8, 8)).shape == (0, 8, 8)
+
+
+@needs_gpu
+@pytest.mark.parametrize("ds_rate", [1, 4])
+@pytest.mark.parametrize("name", probability_maps())
+def test_cuda_gives_the_same_histograms_thresholds_and_labels(backend, name, ds_rate):
+    images = probability_maps()[name]
+    for own in ("conf", "prob"):
+        options, results = {"probabilities": True, "ds_rate": ds_rate, "value": own}, []
+        for device in ("cpu", "cuda"):
+            hist, maps = ops.new_histogram(6, device), [p.to(device) for p in images]
+            passes = [x for p in maps for x in ops.confidence_histogram_(hist, p, **options)]
+            found = exact_threshold(maps, hist, 0.2, **options)
+            labels = [ops.pseudo_label(p, found.value, probabilities=True) for p in maps]
+            results.append([hist, *passes, found.value, found.selected, *labels])
+        assert all(torch.equal(cpu, cuda.cpu()) for cpu, cuda in zip(*results, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape,size", SIZES)
+def test_cuda_agrees_on_logits(backend, options, shape, size):
+    """exp may differ in its last place from the CPU's, but not between the passes on one device."""
+    logits, kwargs = logits_and(options, shape, size)
+    want = ops.confidence_histogram_(ops.new_histogram(shape[1]), logits, size, **kwargs)
+    t = torch.full(shape[1:2], 0.3)
+    wanted = ops.pseudo_label(logits, t, size, **kwargs)
+    kwargs = {k: v.to("cuda") if torch.is_tensor(v) else v for k, v in kwargs.items()}
+    logits, hist = logits.to("cuda"), ops.new_histogram(shape[1], "cuda")
+    label, confidence = ops.confidence_histogram_(hist, logits, size, **kwargs)
+    torch.testing.assert_close(confidence.cpu(), want[1], rtol=2e-6, atol=0)
+    found = ops.pseudo_label(logits, t.to("cuda"), size, **kwargs)
+    assert (label.cpu() != want[0]).float().mean() < 1e-4 and (found.cpu() != wanted).float().mean() < 1e-4
+    bins = ops.select_threshold(hist, 0.5).bins
+    fine, kept = (ops.new_histogram(shape[1], "cuda", fine=True) for _ in range(2))
+    again = ops.refine_histogram_(fine, bins, logits, size, **kwargs)
+    assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
+    ops.refine_kept_(kept, bins, label, confidence)
+    assert torch.equal(kept, fine)
+
+
+@needs_gpu
+def test_cuda_reports_what_is_not_finite(backend):
+    x = torch.zeros(3, 4, 400, device="cuda")
+    x[1, 2, 3] = float("nan")
+    hist = ops.new_histogram(3, "cuda")
+    with pytest.raises(ValueError, match="NaN or infinite|confidences"):
+        ops.confidence_histogram_(hist, x)
+        ops.select_threshold(hist, 0.2)
