@@ -1,0 +1,83 @@
+"""python tests/interrupted.py MOMENT SIGNAL [arguments of train_adaptsegnet.py]
+
+The script with a network of a few parameters (resuming is about the loop), which gets SIGNAL at a moment:
+"step:3" before the 3rd iteration computes, "write best.pth:2" half way through the 2nd write of that file, "rename
+best.pth:2" between writing and renaming it, "log:2" half way through the 2nd line of the log, "never:0". SIGKILL goes
+to the process alone, other signals to its process group, as a terminal or a scheduler sends them.
+"""
+import functools
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch import nn
+
+import train_adaptsegnet as script
+from lib import checkpoint
+from lib import run as running
+
+
+class TinyNet(nn.Module):
+    """A head on two convolutions at an eighth of the size, with what the networks of lib.models.deeplab have."""
+
+    head_names, channels = ("layer5",), (8, 8)
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 4, 3, bias=False), nn.BatchNorm2d(8)
+        self.layer1 = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()))
+        self.layer5 = nn.Conv2d(8, classes, 3, padding=1)
+
+    def forward(self, x, return_features=False):
+        features = self.layer1(self.bn1(self.conv1(x)).relu())
+        logits = self.layer5(features)
+        return (features, logits) if return_features else logits
+
+
+def interrupt(moment: str, number: int) -> None:
+    """Let the signal arrive at ``moment``."""
+    when, count = moment.split(":")
+    calls = 0
+
+    def hook(owner, name: str, label, before=lambda original, *_: None) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def call(*arguments, **named):
+            nonlocal calls
+            here = label(*arguments) == when
+            calls += here
+            if here and calls == int(count):
+                before(original, *arguments)
+                if number == signal.SIGKILL:
+                    os.kill(os.getpid(), number)
+                os.killpg(os.getpgrp(), number)
+            return original(*arguments, **named)
+
+        setattr(owner, name, call)
+
+    def half_a_file(save, value, file) -> None:
+        whole = io.BytesIO()
+        save(value, whole)
+        file.write(whole.getvalue()[:whole.tell() // 2])
+        file.flush()
+
+    def half_a_line(write, log, *_) -> None:
+        with open(log.path, "a") as file:
+            file.write('{"iteration": 5, "lo')
+
+    hook(checkpoint.torch, "save", lambda _, file: f"write {file.name.rpartition('/.')[2][:-len('.tmp')]}", half_a_file)
+    hook(checkpoint.os, "replace", lambda _, path: f"rename {Path(path).name}")
+    hook(script, "adapt_backward", lambda *_: "step")
+    hook(running.Log, "_write", lambda *_: "log", half_a_line)
+
+
+if __name__ == "__main__":
+    script.build = lambda model, classes, *_: TinyNet(classes)
+    script.FCDiscriminator = functools.partial(script.FCDiscriminator, ndf=4)
+    interrupt(sys.argv.pop(1), signal.Signals[sys.argv.pop(1)])
+    running.cli(script.main)

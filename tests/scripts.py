@@ -1,0 +1,54 @@
+"""What the tests of the scripts share: a tiny rendered pair, and the scripts as subprocesses."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+from lib.datasets.demo import render_demo
+
+WIDTH, HEIGHT = 64, 48
+# One thread gives the same bits in every process; the kernels of csrc/ have tests of their own.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "SEGADAPT_OPS": "reference", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def render(root: Path, n_source: int = 5, n_target: int = 4, n_val: int = 2) -> Path:
+    """A rendered pair under root/gta5 and root/cityscapes."""
+    return render_demo(root, seed=1, size=(WIDTH, HEIGHT), n_source=n_source, n_target=n_target, n_val=n_val)
+
+
+def training(pair: Path, folder: Path, *more: str) -> list[str]:
+    """Arguments of train_adaptsegnet.py for a few steps on a rendered pair."""
+    size = f"{WIDTH},{HEIGHT}"
+    return ["--target", "demo", "--data-dir", str(pair / "gta5"), "--data-dir-target", str(pair / "cityscapes"),
+            "--arch", "resnet18", "--input-size", size, "--input-size-target", size, "--num-steps", "2",
+            "--num-workers", "0", "--log-every", "1", "--save-num-images", "0", "--cpu", 
+            "--ops", "reference", "--snapshot-dir", str(folder), *more]
+
+
+def command(script: str, *arguments: str, root: Path = ROOT) -> list[str]:
+    return [sys.executable, str(root / script), *arguments]
+
+
+def execute(script: str, *arguments: str, code: int = 0, cwd: Path | None = None,
+            root: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script to its end, which must be the exit code ``code``."""
+    done = subprocess.run(command(script, *arguments, root=root), env=ENVIRONMENT, cwd=cwd, text=True,
+                          capture_output=True, timeout=600)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def message(done: subprocess.CompletedProcess, script: str) -> str:
+    """The one message that a user's mistake gives on stderr."""
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith(f"{script}: "), done.stderr
+    return done.stderr
+
+
+def logged(folder: Path, key: str | None = None) -> list[dict]:
+    """The lines of log.jsonl, or those with a key."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key is None or key in line]

@@ -1,0 +1,381 @@
+"""train_adaptsegnet.py as its user runs it: every variant, what it writes, and every way it can be stopped."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from interrupted import TinyNet
+from PIL import Image
+from scripts import ENVIRONMENT, command, execute, logged, message, render, training
+
+import train_adaptsegnet as script
+from lib import checkpoint, ops
+from lib.datasets.folder import open_pair
+from lib.errors import UserError
+from lib.models.deeplab import build
+from lib.models.discriminator import FCDiscriminator
+from lib.run import Run
+
+SCRIPT = "train_adaptsegnet.py"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    return render(tmp_path_factory.mktemp("train") / "pair")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Snapshots of some hundred MB, not kept."""
+    yield tmp_path / "run"
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+# --- variants -----------------------------------------------------------------------------------------------------
+
+TWO_LEVELS = ["loss_seg1", "loss_seg2", "loss_adv1", "loss_adv2", "loss_D1", "loss_D2"]
+ONE_LEVEL = ["loss_seg2", "loss_adv2", "loss_D2"]
+VARIANTS = {
+    "single level": ([], ONE_LEVEL),
+    "two levels": (["--multi-level"], TWO_LEVELS),
+    "LS-GAN": (["--gan", "LS", "--multi-level", "--sgd", "once"], TWO_LEVELS),
+    "feature": (["--adapt", "feature", "--input-size", "256,256", "--input-size-target", "256,256"], ONE_LEVEL),
+    "source only": (["--source-only"], ["loss_seg2"]),
+    "iter-size, batch, augmentation": (["--iter-size", "2", "--batch-size", "2", "--random-scale", "--random-mirror"],
+                                       ONE_LEVEL),
+    "bf16": (["--multi-level", "--amp", "bf16"], TWO_LEVELS),
+    "other choices": (["--aspp", "full", "--bn-affine", "frozen", "--freeze-bn", "--bn-stats", "target", "--pixels",
+                       "imagenet", "--deterministic", "--ignore-label", "3", "--num-workers", "1"], ONE_LEVEL),
+    "VGG": (["--model", "DeeplabVGG", "--source-only"], ["loss_seg2"]),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_steps(pair, folder, variant):
+    flags, losses = VARIANTS[variant]
+    done = execute(SCRIPT, *training(pair, folder, *flags))
+    lines = logged(folder, losses[0])
+    assert [line["iteration"] for line in lines] == [1, 2]
+    for line in lines:
+        assert list(line) == ["iteration", *losses, "lr"]
+        assert all(0 < line[k] < 20 for k in losses)
+    assert lines[0]["lr"] == 2.5e-4 and lines[1]["lr"] == pytest.approx(2.5e-4 * 0.5 ** 0.9, rel=1e-12)
+    assert [set(line) for line in logged(folder, "mIoU")] == [{"iteration", "mIoU", "best_mIoU"}]
+    numbers = {key[-1] for key in losses if key.startswith("loss_D")}
+    written = {"GTA5_2.pth", *(f"GTA5_2_D{n}.pth" for n in numbers), "best.pth", "resume.pth", "log.jsonl"}
+    assert {p.name for p in folder.iterdir()} == written
+    assert "target mIoU: last" in done.stdout and done.stderr.replace("\n", "") == "" or "Warning" in done.stderr
+
+
+def test_what_a_run_writes_and_prints(pair, folder):
+    done = execute(SCRIPT, *training(pair, folder, "--multi-level", "--num-steps", "3", "--save-pred-every", "2",
+                                     "--eval-every", "1", "--save-num-images", "2", "--log-every", "2"))
+    assert {p.name for p in folder.iterdir()} == {
+        "best.pth", "resume.pth", "log.jsonl", "pictures",
+        *(f"GTA5_{i}{suffix}.pth" for i in (2, 3) for suffix in ("", "_D1", "_D2"))}
+    pictures = sorted((folder / "pictures").iterdir())
+    assert [p.name for p in pictures] == ["1.png", "2.png", "3.png"]
+    assert Image.open(pictures[0]).width > 3 * 64  # image, truth, prediction
+    assert [line["iteration"] for line in logged(folder, "loss_seg1")] == [2, 3]
+    scores = logged(folder, "mIoU")
+    assert [line["iteration"] for line in scores] == [1, 2, 3]
+    best = max(scores, key=lambda line: line["mIoU"])
+    assert scores[-1]["best_mIoU"] == best["mIoU"]
+
+    weights, meta = checkpoint.read_weights(folder / "GTA5_3.pth")
+    assert meta["iteration"] == 3 and meta["pixels"] == "caffe" and len(meta["classes"]) == 14
+    build("DeeplabMulti", 14, "resnet18").load_state_dict(weights)
+    for number in (1, 2):
+        FCDiscriminator(14).load_state_dict(torch.load(folder / f"GTA5_3_D{number}.pth"))
+    assert checkpoint.read_weights(folder / "best.pth")[1]["mIoU"] == best["mIoU"]
+
+    for fact in ("device      cpu, 1 thread", "precision   float32", "kernels     reference", "none, random weights",
+                 "DeeplabMulti resnet18, 14 classes", "weights train, statistics update", "5 images of gta5",
+                 "4 images of demo", "2 images of demo", "1 pairs a step = 1 x 1 processes x 1 passes",
+                 "iter =        2/       3, loss_seg1 = ", "it/s", "min left", "GiB",
+                 f"last {scores[-1]['mIoU']:.2f}, best {best['mIoU']:.2f} (iteration {best['iteration']}"):
+        assert fact in done.stdout, fact
+
+
+def in_this_process(monkeypatch, **changes) -> None:
+    """Prepare script.main() to run here with the network of interrupted.py and the functions in ``changes``."""
+    monkeypatch.setitem(ops._state, "mode", "reference")
+    monkeypatch.setenv("SEGADAPT_OPS", "reference")
+    monkeypatch.setattr(script, "build", lambda model, classes, *_: TinyNet(classes))
+    monkeypatch.setattr(script, "FCDiscriminator", lambda channels: FCDiscriminator(channels, ndf=4))
+    for name, value in changes.items():
+        monkeypatch.setattr(script, name, value)
+
+
+def test_source_only_reads_no_target_image(pair, folder, monkeypatch):
+    """But those of the validation set. Every start reads some of them to check them, so they vanish after that."""
+    copy = shutil.copytree(pair, folder.parent / "pair")
+
+    def open_and_remove(*arguments, **named):
+        data = open_pair(*arguments, **named)
+        shutil.rmtree(copy / "cityscapes/leftImg8bit/train")
+        return data
+
+    in_this_process(monkeypatch, open_pair=open_and_remove)
+    assert script.main(training(copy, folder, "--source-only")) == 0
+    assert len(logged(folder, "loss_seg2")) == 2 and not list((copy / "cityscapes/leftImg8bit").glob("train"))
+    with pytest.raises(UserError, match="no image of the set 'train'"):
+        script.main(training(copy, folder, "--source-only"))
+
+
+def test_initial_weights_bring_their_conventions(pair, folder):
+    """torchvision's: pixels and strides follow, BN is frozen, heads start anew; the checkpoint remembers."""
+    torch.manual_seed(0)
+    state = build("Deeplab", 3, "resnet18").state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith("layer5")}
+    folder.mkdir(parents=True)
+    torch.save({**state, "fc.weight": torch.zeros(2, 2)}, folder / "resnet18.pth")
+    done = execute(SCRIPT, *training(pair, folder, "--restore-from", str(folder / "resnet18.pth")))
+    for fact in ("100.0 % of the backbone); not in the file: layer5", "pixels      imagenet", "weights frozen"):
+        assert fact in done.stdout, fact
+    weights, meta = checkpoint.read_weights(folder / "GTA5_2.pth")
+    assert meta["pixels"] == "imagenet" and meta["stride_on"] == "3x3"
+    assert torch.equal(weights["bn1.weight"], state["bn1.weight"])
+    assert not torch.equal(weights["conv1.weight"], state["conv1.weight"])
+
+
+def test_script_and_lib_alone_in_an_empty_folder(pair, folder):
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / SCRIPT, folder)
+    shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "elsewhere").mkdir()
+    environment = {**ENVIRONMENT, "SEGADAPT_OPS": "auto", "PYTHONPATH": ""}
+    done = subprocess.run(command(SCRIPT, *training(pair, Path("out")), root=folder), cwd=folder / "elsewhere",
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kernels     reference" in done.stdout
+    assert (folder / "elsewhere/out/GTA5_2.pth").exists()
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_source_batch_without_labels(multi):
+    """Loss 0, no gradient from it, no crash."""
+    torch.manual_seed(0)
+    net = build("DeeplabMulti" if multi else "Deeplab", 4, "resnet18").train()
+    levels = [script.Level(2, FCDiscriminator(4), 1.0, 0.001)]
+    if multi:
+        levels.insert(0, script.Level(1, FCDiscriminator(4), 0.1, 0.0002))
+    x = torch.randn(1, 3, 48, 64)
+    nothing = torch.full((1, 48, 64), 255)
+    options = dict(gan="Vanilla", adapt="output", iter_size=1, ignore=255, run=Run(torch.device("cpu"), 0, 1, "off"))
+    losses = script.adapt_backward(net, levels, x, nothing, None, **options)
+    assert all(loss == 0 for loss in losses.values()) and len(losses) == len(levels)
+    assert all(p.grad is None or (p.grad == 0).all() for p in net.parameters())
+    losses = script.adapt_backward(net, levels, x, nothing, x, **options)
+    assert all(torch.isfinite(loss) for loss in losses.values()) and losses["loss_D2"] > 0
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------------
+
+STEPS = ["--num-steps", "6", "--save-pred-every", "2", "--random-mirror", "--random-scale"]
+
+
+def interrupted(*arguments: str, at: str = "never:0", by: str = "SIGKILL", code: int = 0) -> str:
+    """Run the loop with the network of interrupted.py; what it printed."""
+    done = subprocess.run([sys.executable, str(ROOT / "tests/interrupted.py"), at, by, *arguments], env=ENVIRONMENT,
+                          capture_output=True, text=True, start_new_session=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pair, tmp_path_factory):
+    """(log lines, resume state, all names written) of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    interrupted(*training(pair, folder, *STEPS))
+    return logged(folder), checkpoint.load(folder / "resume.pth"), {p.name for p in folder.iterdir()}
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_end(folder: Path, uninterrupted) -> None:
+    lines, state, names = uninterrupted
+    assert logged(folder) == lines
+    ours = checkpoint.load(folder / "resume.pth")
+    for key in state.keys() - {"arguments"}:
+        assert same(ours[key], state[key]), key
+    assert {p.name for p in folder.iterdir()} == names
+
+
+MOMENTS = {  # and the iteration that resume.pth holds then
+    "step:2": 0, "write best.pth:1": 0, "rename resume.pth:1": 0, "step:4": 2, "log:5": 2, "write GTA5_4.pth:1": 2,
+    "write resume.pth:2": 2, "rename resume.pth:2": 2, "log:8": 4, "write resume.pth:3": 4,
+}
+
+
+@pytest.mark.parametrize("when, saved", MOMENTS.items())
+def test_sigkill_and_resume_end_as_if_nothing_had_happened(pair, folder, uninterrupted, when, saved):
+    arguments = training(pair, folder, *STEPS)
+    interrupted(*arguments, at=when, code=-signal.SIGKILL)
+    assert (checkpoint.load(folder / "resume.pth")["iteration"] if saved else 0) == saved
+    resumed = interrupted(*arguments, "--resume")
+    assert (f"resumed at iteration {saved}" if saved else "starting at the beginning") in resumed
+    assert_same_end(folder, uninterrupted)
+
+
+def test_the_real_network_resumes_exactly(pair, folder):
+    """Killed inside a checkpoint write, the script itself, all of its 124 MB."""
+    straight, killed = folder / "straight", folder / "killed"
+    steps = ["--num-steps", "3", "--multi-level", "--random-mirror", "--eval-every", "3"]
+    execute(SCRIPT, *training(pair, straight, *steps))
+    arguments = training(pair, killed, *steps)
+    process = subprocess.Popen(command(SCRIPT, *arguments, "--save-pred-every", "1"), env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL)
+    while not (killed / "resume.pth").exists() or not list(killed.glob(".*.pth.tmp")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 1 <= checkpoint.load(killed / "resume.pth")["iteration"] < 3
+    execute(SCRIPT, *arguments, "--resume")
+    assert logged(killed) == logged(straight)
+    states = [checkpoint.load(d / "resume.pth") for d in (straight, killed)]
+    assert all(same(states[0][k], states[1][k]) for k in ("net", "discriminators", "optimizers"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(pair, folder, uninterrupted, number):
+    """Sent to all processes of the run, loaders included."""
+    arguments = training(pair, folder, *STEPS, "--num-workers", "1")
+    text = interrupted(*arguments, at="step:3", by=number.name, code=128 + number)
+    assert f"stopped at iteration 3; --resume goes on from {folder / 'resume.pth'}" in text and "Traceback" not in text
+    assert checkpoint.load(folder / "resume.pth")["iteration"] == 3 and not (folder / "GTA5_3.pth").exists()
+    interrupted(*arguments, "--resume")
+    assert_same_end(folder, uninterrupted)
+
+
+def test_resume_at_the_end_and_with_other_flags(pair, folder):
+    arguments = training(pair, folder, "--source-only")
+    first = interrupted(*arguments)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    again = interrupted(*arguments, "--resume")
+    assert first.splitlines()[-17:] == again.splitlines()[-17:], "the same table"
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    text = interrupted(*arguments, "--resume", "--batch-size", "2", "--momentum", "0.5", code=2)
+    for fact in ("--batch-size was 1, is 2", "--momentum was 0.9, is 0.5", "another --snapshot-dir"):
+        assert fact in text
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and "Traceback" not in text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
+    done = execute(SCRIPT, *training(pair, folder, "--num-steps", "9", "--source-only", "--save-pred-every", "1",
+                                     "--sgd", "once", "--learning-rate", "1e20", "--eval-every", "9"), code=2)
+    text = message(done, SCRIPT)
+    stopped = int(text.split("iteration ")[1].split(":")[0])
+    assert 2 <= stopped <= 4 and "loss_seg2 is " in text and "--learning-rate" in text
+    assert f"Last good checkpoint: {folder / 'resume.pth'}" in text
+    assert checkpoint.load(folder / "resume.pth")["iteration"] == stopped - 1
+    assert any(f"images {p.stem}." in text for p in (pair / "gta5/images").iterdir())
+
+
+def test_fp16_scales_its_losses(pair, folder, monkeypatch):
+    """In this process, with a network of a few parameters: fp16 convolutions crawl on a CPU."""
+    factors = []
+    original = script.adapt_backward
+
+    def adapt_backward(*arguments, scale, **named):
+        factors.append(scale(torch.ones(())).item())
+        return original(*arguments, scale=scale, **named)
+
+    in_this_process(monkeypatch, adapt_backward=adapt_backward)
+    assert script.main(training(pair, folder, "--amp", "fp16", "--input-size", "32,32")) == 0
+    assert factors[0] == 2 ** 16 and len(logged(folder, "loss_adv2")) == 2
+    scaler = checkpoint.load(folder / "resume.pth")["scaler"]
+    assert scaler["_growth_tracker"] in (0, 1, 2) and scaler["scale"] <= 2 ** 16
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+def test_two_processes_compute_what_one_does_with_the_whole_batch(pair, folder):
+    """The mathematics allows it with fixed BN statistics; the label counts of the halves differ."""
+    halved = folder.parent / "pair"
+    shutil.copytree(pair, halved)
+    for n in (1, 3, 4):
+        path = halved / f"gta5/labels/{n:05}.png"
+        label = Image.open(path)
+        label.paste(0, (0, 0, 64, 12 * n - 8))  # void
+        label.save(path)
+    flags = ["--multi-level", "--freeze-bn", "--num-steps", "3", "--random-mirror"]
+    one, two = folder / "one", folder / "two"
+    execute(SCRIPT, *training(halved, one, *flags, "--batch-size", "2"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
+    done = subprocess.run([*torchrun, *training(halved, two, *flags)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 pairs a step = 1 x 2 processes x 1 passes" in done.stdout and done.stdout.count("device ") == 1
+    ours, theirs = logged(two), logged(one)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-5), (a["iteration"], key)
+    assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}
+    weights = [checkpoint.read_weights(d / "GTA5_3.pth")[0] for d in (one, two)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_flags_of_the_release_are_accepted():
+    flags = (
+        "--model DeepLab --target cityscapes --batch-size 1 --iter-size 1 --num-workers 4 --data-dir a --data-list b "
+        "--ignore-label 255 --input-size 1280,720 --data-dir-target c --data-list-target d "
+        "--input-size-target 1024,512 --is-training --learning-rate 1e-4 --learning-rate-D 1e-4 "
+        "--lambda-seg 0.1 --lambda-adv-target1 0.0002 "
+        "--lambda-adv-target2 0.001 --momentum 0.9 --not-restore-last --num-classes 19 --num-steps 250000 "
+        "--num-steps-stop 150000 --power 0.9 --random-mirror --random-scale --random-seed 1234 --restore-from f "
+        "--save-num-images 2 --save-pred-every 5000 --snapshot-dir g --weight-decay 0.0005 --cpu --tensorboard "
+        "--log-dir h --set train --gan LS")
+    args = script.parse_args(flags.split())
+    assert args.input_size == (1280, 720) and args.learning_rate_D == 1e-4 and args.model == "Deeplab"
+
+
+DEFAULTS = {
+    (): ("Deeplab", 0.0, 0.0, 0.001), ("--gan", "LS"): ("Deeplab", 0.0, 0.0, 0.01),
+    ("--multi-level",): ("DeeplabMulti", 0.1, 0.0002, 0.001),
+    ("--model", "DeeplabMulti", "--gan", "LS"): ("DeeplabMulti", 0.1, 0.0002, 0.001),
+    ("--model", "DeeplabVGG"): ("DeeplabVGG", 0.0, 0.0, 0.001),
+    ("--multi-level", "--lambda-seg", "0", "--lambda-adv-target1", "0.5"): ("DeeplabMulti", 0.0, 0.5, 0.001),
+}
+
+
+@pytest.mark.parametrize("flags", DEFAULTS)
+def test_weights_of_the_losses(flags):
+    args = script.parse_args(flags)
+    assert (args.model, args.lambda_seg, args.lambda_adv_target1, args.lambda_adv_target2) == DEFAULTS[flags]
+    assert args.num_steps_stop == 150000 and script.parse_args(["--num-steps", "9"]).num_steps_stop == 9
+
+
+@pytest.mark.parametrize("flags", [["--input-size", "0,5"], ["--input-size", "12"], ["--num-steps-stop", "300000"],
+                                   ["--batch-size", "0"], ["--multi-level", "--adapt", "feature"], ["--gan", "ls"],
+                                   ["--random-seed", "-1"], ["--ignore-label", "300"]])
+def test_flags_that_make_no_sense(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.parse_args(flags)
+    assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_every_argument_is_stored(pair, folder):
+    """resume.pth can tell any two runs apart."""
+    args = vars(script.parse_args([]))
+    assert json.dumps({k: v for k, v in args.items() if k not in script.FREE_ARGUMENTS})
+    assert not script.FREE_ARGUMENTS - args.keys()
