@@ -45,8 +45,8 @@ FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", 
 # --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
 DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
             arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), snapshot_dir="snapshots/demo",
-            num_steps=450, learning_rate=2.5e-3, lambda_adv_target1=0.01, lambda_adv_target2=0.05, random_mirror=True,
-            save_pred_every=450, num_workers=0)
+            num_steps=400, learning_rate=2.5e-3, lambda_adv_target1=0.01, lambda_adv_target2=0.05, random_mirror=True,
+            save_pred_every=400, num_workers=0)
 
 
 def size(text: str) -> tuple[int, int]:

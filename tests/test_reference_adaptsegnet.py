@@ -131,7 +131,7 @@ def test_iterations(variant, semantics):
                 continue
             norms = golden[f"after_{name}"][key]
             assert value.norm().item() == pytest.approx(norms["l2"], rel=1e-9, abs=1e-12), key
-            # sums cancel: compare on the scale of the tensor
+            # sums cancel: on the scale of the tensor
             assert value.sum().item() == pytest.approx(norms["sum"], rel=1e-9, abs=1e-9 * value.abs().sum().item())
             delta = (value - before[name][key]).norm().item()
             assert delta == pytest.approx(norms["delta_l2"], rel=1e-9, abs=1e-12), key

@@ -26,7 +26,7 @@ from scipy.ndimage import gaussian_filter
 
 from lib.errors import UserError
 
-VERSION = 5  # raise it when the pictures change: demos rendered before are then rendered again
+VERSION = 6  # raise it when the pictures change: demos rendered before are then rendered again
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN = 7, 8, 11, 12, 13, 17, 19, 20
 VEGETATION, TERRAIN, SKY, PERSON, CAR, BUS, VOID = 21, 22, 23, 24, 26, 28, 0
 CLASSES = {ROAD: (128, 64, 128), SIDEWALK: (244, 35, 232), BUILDING: (70, 70, 70), WALL: (102, 102, 156),
@@ -113,8 +113,8 @@ TARGET = Look(
     cars=[(.12, .12, .13), (.56, .57, .59), (.78, .78, .78), (.30, .31, .34), (.20, .26, .42), (.52, .13, .12)],
     clothes=[(.14, .15, .19), (.22, .25, .36), (.46, .40, .35), (.54, .17, .16), (.60, .60, .60)],
     sky=((.74, .79, .84), (.90, .91, .91)), clouds=.8, texture=.13, dirt=.08,
-    illumination=(.96, 1.0, .98), ambient=.66, shadow=.40, haze=.005, haze_colour=(.82, .85, .86),
-    gamma=1.1, contrast=.88, saturation=.88, brightness=.03, exposure=.10, vignette=.28, blur=.45, noise=.016,
+    illumination=(.90, 1.0, 1.02), ambient=.66, shadow=.40, haze=.006, haze_colour=(.82, .85, .86),
+    gamma=1.25, contrast=.78, saturation=.80, brightness=.04, exposure=.10, vignette=.30, blur=.45, noise=.016,
     traffic=2.4, parked=.50, people=7.5, buses=.6, trees=.60, frontage=(.44, .17, .22, .10, .07), bonnet=.5)
 
 
