@@ -1,16 +1,20 @@
-"""One table of the custom operators: time, share of the bound, peak memory, exactness. Not collected by pytest.
+"""Tables of the custom operators: time, share of the bound, peak memory, exactness. Not collected by pytest.
 
-    python tests/bench_ops.py [--device cuda] [--only WORD ...] [--quick] [--threads 1]
+    python tests/bench_ops.py [--device cuda] [--images FOLDER] [--only WORD ...] [--quick] [--threads 1]
 
-Each line runs in a process of its own. Time: median of the repetitions after one warm-up. Peak memory: growth of the
-process (CPU) or of the allocator (CUDA) from the inputs' allocation to the end, less the gradients that were asked for.
-Bound: the float32 matrix products that cannot be avoided, or reading the input once. Mismatches: indices whose float64
-value is below the float64 maximum.
+--images adds a row of real features: two pictures of the folder (.jpg, .png) through a ResNet-50 with random weights.
+The second table, of the pseudo-labels, is bench_pseudo_label.py's; --only leaves it out.
+Each line runs in a process of its own. Time: median of the repetitions after one warm-up, in milliseconds of processor
+time (CPU with one thread; else of wall-clock time). Peak memory: growth of the process (CPU) or of the allocator (CUDA)
+from the inputs' allocation to the end, less the gradients that were asked for. Bound: the float32 matrix products that
+cannot be avoided, or reading the input once. Mismatches: indices whose float64 value is below the float64 maximum.
+"-": the figure does not apply.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import resource
 import statistics
@@ -49,8 +53,39 @@ def features(n: int, c: int, device: str, seed: int) -> tuple[torch.Tensor, torc
     return (0.3 * centres[which] + torch.randn(n, c, generator=g)).relu().to(device), (which % 19).to(device)
 
 
-def vectors(n: int, c: int):
-    return lambda device: tuple(features(n, c, device, seed)[0] for seed in (1, 2))
+def vectors(n1: int, n2: int, c: int, kind: str = "random"):
+    def make(device):
+        g = torch.Generator().manual_seed(3)
+        result = []
+        for seed, n in ((1, n1), (2, n2)):
+            x, _ = features(n, c, device, seed)
+            if kind == "clustered":     # far more near-ties than float32 can tell apart
+                x = x[torch.randint(7, (n,), generator=g)] + 1e-4 * torch.randn(n, c, generator=g).to(device)
+            elif kind == "duplicated":
+                x = x[torch.randint(n // 4, (n,), generator=g)]
+            result.append(x)
+        return result
+    return make
+
+
+def pictures(folder: Path):
+    """Features [N1, 2048] and [N2, 2048] at stride 8 of two pictures of different sizes."""
+    def make(device):
+        import numpy as np
+        from PIL import Image
+
+        from lib.models.deeplab import DilatedResNet
+        torch.manual_seed(0)
+        net = DilatedResNet("resnet50").to(device).train()  # the picture's own statistics stand in for trained ones
+        paths = sorted(p for p in folder.iterdir() if p.suffix in (".jpg", ".png"))
+        result = []
+        for path, size in ((paths[0], (640, 480)), (paths[-1], (576, 432))):  # width, height
+            image = np.array(Image.open(path).convert("RGB").resize(size), np.float32) / 127.5 - 1
+            with torch.no_grad():
+                _, layer4 = net.features(torch.from_numpy(image).permute(2, 0, 1)[None].to(device))
+            result.append(layer4[0].flatten(1).t().contiguous())
+        return result
+    return make
 
 
 def direct_argmax(a, b):
@@ -88,12 +123,12 @@ def faiss_argmax(a, b):
 
 def argmax_mismatches(inputs, result) -> int:
     a, b = (ops._normalised(x).double() for x in inputs)
-    count = 0
-    for x, y, index in ((a, b, result[0]), (b, a, result[2])):
-        for i in range(0, len(x), 512):
-            s = x[i:i + 512] @ y.t()
-            count += int((s.gather(1, index[i:i + 512, None])[:, 0] < s.max(1).values - 1e-14).sum())
-    return count
+    count, best = 0, a.new_full((len(b),), -torch.inf)
+    for i in range(0, len(a), 512):
+        s = a[i:i + 512] @ b.t()
+        count += int((s.gather(1, result[0][i:i + 512, None])[:, 0] < s.max(1).values - 1e-14).sum())
+        best = torch.maximum(best, s.max(0).values)
+    return count + int(((a[result[2]] * b).sum(1) < best - 1e-14).sum())
 
 
 def pairs(metric: str, n: int, c: int):
@@ -136,6 +171,10 @@ def backward(loss: Callable, metric: str):
     return lambda x_s, x_t, y: torch.autograd.grad(loss(x_s, x_t, y, metric), (x_s, x_t))
 
 
+def compiled_by_torch(function: Callable):
+    return lambda *args: torch.compile(function)(*args)  # here, since torch.compile takes seconds to import
+
+
 def products(count: int):
     """As many N x N x C float32 products, in tiles that are used again."""
     def call(x_s, x_t, _):
@@ -147,16 +186,25 @@ def products(count: int):
     return call
 
 
-def association_rows(device: str) -> list[Row]:
+def association_rows(device: str, images: Path | None) -> list[Row]:
     rows = []
     for c in (256, 2048):
         size = f"N = 8192, C = {c}"
-        make = vectors(8192, c)
+        make = vectors(8192, 8192, c)
         methods = {"direct": direct_argmax, "tiled": tiled_argmax, "compiled": ops.mutual_argmax}
         if device == "cpu":
             methods["faiss"] = faiss_argmax
         rows.append(Row("mutual_argmax", size, "bound: GEMM", make, lambda a, b: a @ b.t()))
+        if c == 256:  # about a minute of compilation
+            methods["torch.compile"] = compiled_by_torch(direct_argmax)
         rows += [Row("mutual_argmax", size, m, make, f, 0, argmax_mismatches) for m, f in methods.items()]
+    exact = [(f"{kind}, N = 8464 and 6889, C = {c}", vectors(8464, 6889, c, kind))
+             for kind, c in (("random", 256), ("random", 2048), ("clustered", 256), ("duplicated", 256))]
+    if images:
+        exact.append(("two pictures, N = 4941 and 4015, C = 2048", pictures(images)))
+    for size, make in exact:
+        rows += [Row("mutual_argmax", size, m, make, f, 0, argmax_mismatches, 1)
+                 for m, f in (("direct", direct_argmax), ("compiled", ops.mutual_argmax))]
     for metric, n, c in (("kl", 4096, 19), ("kl", 8464, 19), ("cos", 8464, 256), ("cos", 8464, 2048)):
         name, size, make = f"association {metric}", f"N = {n}, C = {c}", pairs(metric, n, c)
         gradients, repeats = 2 * n * c * 4, 1 if c == 2048 else 3
@@ -166,16 +214,15 @@ def association_rows(device: str) -> list[Row]:
 
         rows.append(Row(name, size, "bound: 9 GEMMs", make, products(9), 0, None, repeats))
         rows.append(Row(name, size, "direct", make, backward(direct_loss, metric), gradients, None, repeats))
+        if (metric, n) == ("kl", 4096):
+            compiled = compiled_by_torch(direct_loss)
+            rows.append(Row(name, size, "torch.compile", make, backward(compiled, metric), gradients, None, repeats))
         rows.append(Row(name, size, "tiled", make, backward(ours, metric), gradients, None, repeats))
         rows.append(Row(name, size, "compiled", make, backward(ours, metric), gradients, None, repeats))
     return rows
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
-
-def all_rows(device: str) -> list[Row]:
-    return association_rows(device)
-
 
 def measure(row: Row, device: str, threads: int, quick: bool) -> dict:
     """Run one row in this process."""
@@ -187,23 +234,26 @@ def measure(row: Row, device: str, threads: int, quick: bool) -> dict:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else reset_peak()
+    clock = time.perf_counter if cuda or threads > 1 else time.process_time
     times = []
     for repeat in range(1 + (1 if quick else row.repeats)):
-        start = time.perf_counter()
+        start = clock()
         result = row.call(*inputs)
         if cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        if repeat == 0 and times[0] > 8:  # long enough for its warm-up not to matter
+        times.append(clock() - start)
+        if repeat == 0 and times[0] > 8 and row.method != "torch.compile":  # the warm-up hardly matters
             break
     peak = (torch.cuda.max_memory_allocated() if cuda else peak_bytes()) - before
     wrong = row.mismatches(inputs, result) if row.mismatches else None
-    return {"ms": 1e3 * statistics.median(times[1:] or times), "mb": (peak - row.gradients) / 2**20, "wrong": wrong}
+    mb = None if row.method == "torch.compile" else (peak - row.gradients) / 2**20  # the compiler's memory is in it
+    return {"ms": 1e3 * statistics.median(times[1:] or times), "mb": mb, "wrong": wrong}
 
 
 def reset_peak() -> int:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak that making the inputs left
+    with contextlib.suppress(OSError, AttributeError):  # Linux: forget what making the inputs took
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
 
 
@@ -219,11 +269,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--images", type=Path, metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="one repetition")
     parser.add_argument("--only", nargs="+", default=[], help="rows that contain all of these words")
     parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    rows = all_rows(args.device)
+    rows = association_rows(args.device, args.images)
     if args.row is not None:
         print(json.dumps(measure(rows[args.row], args.device, args.threads, args.quick)))
         return 0
@@ -231,26 +282,30 @@ def main(argv: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{name}, {args.threads} thread(s), PyTorch {torch.__version__}\n")
     print("| operator | size | method | ms | of the bound | against direct | working memory, MB | mismatches |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     done = {}
     for index, row in enumerate(rows):
         if not all(w in f"{row.operator} {row.size} {row.method}" for w in args.only):
             continue
         options = ["--row", str(index), "--device", args.device, "--threads", str(args.threads)]
-        options += ["--quick"] * args.quick
+        options += ["--quick"] * args.quick + (["--images", str(args.images)] if args.images else [])
         run = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
+        cells = [row.operator, row.size, row.method]
         if run.returncode:
             reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit code {run.returncode}"
-            print(f"| {row.operator} | {row.size} | {row.method} | ({reason}) | | | | |", flush=True)
+            print("| " + " | ".join([*cells, f"({reason})", "-", "-", "-", "-"]) + " |", flush=True)
             continue
         got = json.loads(run.stdout.splitlines()[-1])
         mine = done.setdefault((row.operator, row.size), {})
         mine["bound" if row.method.startswith("bound") else row.method] = got["ms"]
-        share = f"{mine['bound'] / got['ms']:.2f}" if "bound" in mine else ""
-        gain = f"{mine['direct'] / got['ms']:.1f} x" if "direct" in mine else ""
-        wrong = "" if got["wrong"] is None else got["wrong"]
-        cells = [row.operator, row.size, row.method, f"{got['ms']:.1f}", share, gain, f"{got['mb']:.0f}"]
-        print("| " + " | ".join([*cells, str(wrong)]) + " |", flush=True)
+        cells += [f"{got['ms']:.1f}", f"{mine['bound'] / got['ms']:.2f}" if "bound" in mine else "-",
+                  f"{mine['direct'] / got['ms']:.1f} x" if "direct" in mine else "-",
+                  "-" if got["mb"] is None else f"{got['mb']:.0f}", "-" if got["wrong"] is None else str(got["wrong"])]
+        print("| " + " | ".join(cells) + " |", flush=True)
+    if not args.only:
+        print("\nClass-balanced pseudo-labels, milliseconds:\n", flush=True)
+        options = ["--device", args.device, "--repeats", "2" if args.quick else "10"]
+        return subprocess.run([sys.executable, Path(__file__).with_name("bench_pseudo_label.py"), *options]).returncode
     return 0
 
 

@@ -1,4 +1,5 @@
 """Times the pseudo-label operators on one 19-class map against the original way and prints a Markdown table.
+Second part of bench_ops.py; alone:
 
     taskset -c 1 python tests/bench_pseudo_label.py    one CPU thread: milliseconds of CPU time, best of several runs
     python tests/bench_pseudo_label.py --device cuda   the same on a GPU: wall-clock time
@@ -116,6 +117,8 @@ def main(argv=None):
     row("65 x 129", "label map (upsample_argmax)", ms(lambda: original_label_map(coarse, size), few), ours)
     theirs = ms(lambda: F.interpolate(coarse[None], size, mode="bilinear", align_corners=True).argmax(1), few)
     row("65 x 129", "label map, against torch.argmax", theirs, ours)
+    compiled = torch.compile(lambda x: F.interpolate(x, size, mode="bilinear", align_corners=True).argmax(1))
+    row("65 x 129", "label map, against torch.compile of that", ms(lambda: compiled(coarse[None]), few), ours)
     hist, fine = ops.new_histogram(CLASSES, device), ops.new_histogram(CLASSES, device, fine=True)
 
     def compare(name, logits):
@@ -152,7 +155,7 @@ def main(argv=None):
                                         ops.pseudo_label(logits, exact, size)))]
             histograms = (hist.nbytes + fine.nbytes) >> 20
             print(f"| {name} | peak memory beside the logits and {histograms} MiB of histograms, MiB "
-                  f"| {memory[0]:.0f} | {memory[1]:.0f} | {memory[0] / max(memory[1], 1):.0f} | |")
+                  f"| {memory[0]:.0f} | {memory[1]:.0f} | {memory[0] / max(memory[1], 1):.0f} | - |")
 
     compare("full size", full)
     compare("65 x 129", coarse)
