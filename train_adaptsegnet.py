@@ -46,7 +46,7 @@ FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", 
 DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
             arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), snapshot_dir="snapshots/demo",
             num_steps=400, learning_rate=2.5e-3, lambda_adv_target1=0.01, lambda_adv_target2=0.05, random_mirror=True,
-            save_pred_every=400, num_workers=0)
+            save_pred_every=400, num_workers=0, bn_stats="target")
 
 
 def size(text: str) -> tuple[int, int]:
@@ -457,20 +457,29 @@ def to_device(x: Tensor, run: running.Run) -> Tensor:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Train source-only and adapted on the rendered pair, print both tables, draw result/demo/report.png."""
+    """Train source-only and adapted on the rendered pair, print their tables, draw result/demo/report.png.
+
+    The adapted network may use the target's images, so its BN statistics are re-estimated on them (--bn-stats target);
+    what that alone does for the source-only network stands between the two.
+    """
     outcomes: dict[str, Outcome] = {}
-    for name, source_only in (("source only", True), ("adapted", False)):
+    for name, changes in (("source only", {"source_only": True, "bn_stats": "running"}), ("adapted", {})):
         print(f"--- {name}")
         folder = f"{args.snapshot_dir}/{name.replace(' ', '_')}"
-        outcome = train(argparse.Namespace(**{**vars(args), "source_only": source_only, "snapshot_dir": folder}))
+        outcome = train(argparse.Namespace(**{**vars(args), **changes, "snapshot_dir": folder}))
         if isinstance(outcome, int):
             return outcome
         outcomes[name] = outcome
-    print(metrics.iou_table(outcome.data.classes, {name: o.confusion for name, o in outcomes.items()}))
-    report = Path("result/demo/report.png")
+    data, pixels, size_t = outcome.data, outcome.pixels, args.input_size_target
     run = running.Run(next(outcome.net.parameters()).device, 0, 1, "off")
-    predict.pictures({name: o.net for name, o in outcomes.items()}, outcome.data, args.input_size_target,
-                     outcome.pixels, 6, report, run)
+    nets = {"source only": outcomes["source only"].net}
+    for name, o in (("source, target BN", outcomes["source only"]), ("adapted", outcome)):
+        nets[name] = predict.reestimate_bn(o.net, data.target.images, size_t, pixels, run, args.num_workers)
+    print(metrics.iou_table(data.classes, {
+        name: predict.score(net, data.validation, size_t, pixels, len(data.classes), run, workers=args.num_workers)
+        for name, net in nets.items()}))
+    report = Path("result/demo/report.png")
+    predict.pictures(nets, data, size_t, pixels, 6, report, run)
     print(f"pictures: {report}")
     return 0
 
