@@ -60,7 +60,8 @@ def vectors(n1: int, n2: int, c: int, kind: str = "random"):
         for seed, n in ((1, n1), (2, n2)):
             x, _ = features(n, c, device, seed)
             if kind == "clustered":     # far more near-ties than float32 can tell apart
-                x = x[torch.randint(7, (n,), generator=g)] + 1e-4 * torch.randn(n, c, generator=g).to(device)
+                centres = features(7, c, device, 4)[0]
+                x = centres[torch.randint(7, (n,), generator=g)] + 1e-4 * torch.randn(n, c, generator=g).to(device)
             elif kind == "duplicated":
                 x = x[torch.randint(n // 4, (n,), generator=g)]
             result.append(x)
