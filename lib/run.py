@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -34,9 +35,19 @@ def cli(main: Callable[[list[str] | None], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    finally:
+        end_loaders()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def end_loaders() -> None:
+    """Kill loader processes that an error left: they outlive SIGTERM, and an ending interpreter would wait for them."""
+    if children := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a loader for an error
+        for child in children:
+            child.kill()
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ def endless(dataset: ImageFolder, batch: int, workers: int, *, seed: int, start:
 def outlive_stop(worker: int) -> None:
     """Ctrl-C, and SIGTERM from a scheduler, reach all processes of a run: loaders must live until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # once: the second SIGTERM may be from the end of the main process, which waits for its loaders
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    # not for ever: an interpreter that ends sends SIGTERM too, and waits
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 class Pair(NamedTuple):
