@@ -33,10 +33,10 @@ def command(script: str, *arguments: str, root: Path = ROOT) -> list[str]:
 
 
 def execute(script: str, *arguments: str, code: int = 0, cwd: Path | None = None,
-            root: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a script to its end, which must be the exit code ``code``."""
-    done = subprocess.run(command(script, *arguments, root=root), env=ENVIRONMENT, cwd=cwd, text=True,
-                          capture_output=True, timeout=600)
+            seconds: float = 600) -> subprocess.CompletedProcess:
+    """Run a script to its end, which must come in time and with the exit code ``code``."""
+    done = subprocess.run(command(script, *arguments), env=ENVIRONMENT, cwd=cwd, text=True, capture_output=True,
+                          timeout=seconds)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
