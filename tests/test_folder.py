@@ -111,6 +111,17 @@ def test_samples(pair):
     assert np.array_equal(data.palette, load_description("cityscapes").palette)
 
 
+def test_void_labels_take_the_value_that_the_loss_ignores(pair):
+    """Also where the description of the source writes another one; scores keep the description's."""
+    entries = json.loads((Path(__file__).parent.parent / "lib/datasets/gta5.json").read_text())
+    (pair / "mine.json").write_text(json.dumps(dict(entries, ignore=200)))
+    Image.fromarray(np.zeros(SIZE[::-1], np.uint8)).save(pair / "gta5/labels/000.png")  # id 0 is void
+    for ignore, expected in ((None, 200), (255, 255), (3, 3)):
+        data = opened(pair, source=pair / "mine.json", ignore=ignore)
+        assert data.source[0].label.unique().tolist() == [expected]
+    assert data.validation.table[0] == 255
+
+
 def test_target_labels_are_never_opened(pair):
     """Training needs no target labels: they may be broken ..."""
     for path in (pair / "city/gtFine/train").rglob("*.png"):

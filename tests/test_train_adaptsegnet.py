@@ -379,3 +379,10 @@ def test_every_argument_is_stored(pair, folder):
     args = vars(script.parse_args([]))
     assert json.dumps({k: v for k, v in args.items() if k not in script.FREE_ARGUMENTS})
     assert not script.FREE_ARGUMENTS - args.keys()
+
+
+def test_the_demo_renders_its_pair_for_source_only_too(pair, folder, monkeypatch):
+    rendered = []
+    in_this_process(monkeypatch, render_demo=lambda root, seed: rendered.append((str(root), seed)))
+    assert script.main(["--demo", "--random-seed", "7", *training(pair, folder, "--source-only")]) == 0
+    assert rendered == [("data/demo", 7)] and len(logged(folder, "loss_seg2")) == 2

@@ -1,0 +1,145 @@
+"""Mistakes in the data of train_adaptsegnet.py: one message before training starts, which file it is and what to do."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from scripts import execute, message, render, training
+
+import train_adaptsegnet as script
+from lib import ops
+from lib.errors import UserError
+
+SCRIPT = "train_adaptsegnet.py"
+IMAGE, LABEL = "gta5/images/00002.png", "gta5/labels/00002.png"
+TARGET = "cityscapes/leftImg8bit/train/northgate/northgate_000001_000019_leftImg8bit.png"
+TRUTH = "cityscapes/gtFine/val/lakeside/lakeside_000001_000019_gtFine_labelIds.png"
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory) -> Path:
+    return render(tmp_path_factory.mktemp("bad") / "pair")
+
+
+@pytest.fixture
+def pair(rendered, tmp_path, monkeypatch) -> Path:
+    """A pair to spoil; training must not begin."""
+    def no_network(*_):
+        raise AssertionError("the run went on")
+
+    monkeypatch.setitem(ops._state, "mode", "reference")
+    monkeypatch.setenv("SEGADAPT_OPS", "reference")
+    monkeypatch.setattr(script, "build", no_network)
+    return shutil.copytree(rendered, tmp_path / "pair")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:path.stat().st_size * 9 // 10])
+
+
+def resize(path: Path) -> None:
+    Image.open(path).resize((30, 20)).save(path)
+
+
+def unknown_value(path: Path) -> None:
+    label = np.asarray(Image.open(path)).copy()
+    label[:2, :2] = 99
+    Image.fromarray(label).save(path)
+
+
+def listed(pair: Path, text: str) -> str:
+    (pair / "list.txt").write_text(text)
+    return str(pair / "list.txt")
+
+
+def described(pair: Path, **changes) -> str:
+    entries = {**json.loads((ROOT / "lib/datasets/gta5.json").read_text()), **changes}
+    (pair / "mine.json").write_text(json.dumps(entries))
+    return str(pair / "mine.json")
+
+
+def one_class(pair: Path) -> list[str]:
+    classes = [{"name": "road", "color": [0, 0, 0], "ids": [7]}]
+    return ["--source", described(pair, classes=classes, void=[i for i in range(256) if i != 7], subsets={})]
+
+
+# name: (what is done to the pair, giving more flags or None; what the message says)
+CASES = {
+    "missing source folder": (lambda p: ["--data-dir", str(p / "nowhere")],
+                              ["nowhere: no such folder", "should hold the data set 'gta5'"]),
+    "missing target folder": (lambda p: ["--data-dir-target", str(p / "nowhere")],
+                              ["nowhere: no such folder", "should hold the data set 'demo'"]),
+    "missing label": (lambda p: (p / LABEL).unlink(), [f"{IMAGE}: its label", f"{LABEL} does not exist"]),
+    "missing validation label": (lambda p: (p / TRUTH).unlink(), [TRUTH, "does not exist"]),
+    "size mismatch": (lambda p: resize(p / TRUTH), ["is 64x48, but its label", TRUTH, "is 30x20"]),
+    "unknown label value": (lambda p: unknown_value(p / LABEL), [f"{LABEL}: unknown label values 99", "'gta5'"]),
+    "truncated image": (lambda p: truncate(p / IMAGE), [f"{IMAGE}: the image is broken or truncated"]),
+    "truncated label": (lambda p: truncate(p / LABEL), [f"{LABEL}: the image is broken or truncated"]),
+    "truncated target": (lambda p: truncate(p / TARGET), [f"{TARGET}: the image is broken or truncated"]),
+    "not an image": (lambda p: (p / IMAGE).write_text("x"), [f"{IMAGE}: not an image that can be read"]),
+    "empty list": (lambda p: ["--data-list", listed(p, "\n")], ["list.txt: the list is empty", "one image a line"]),
+    "missing list": (lambda p: ["--data-list-target", str(p / "no.txt")], ["no.txt: the list cannot be read"]),
+    "list of nothing": (lambda p: ["--data-list", listed(p, "00009.png\n")], ["1 of 1 images do not exist", "00009"]),
+    "no image": (lambda p: shutil.rmtree(p / "gta5/images"), ["gta5: no image of the set", "images/*.png"]),
+    "overlap": (lambda p: ["--set", "val"], ["2 images stand in both the training set", "choose another --set"]),
+    "one class": (one_class, ["fewer than two classes", "'demo' has road", "'gta5' has road"]),
+    "no such class count": (lambda p: ["--num-classes", "5"], ["no choice of 5 classes; it has 14"]),
+    "no such data set": (lambda p: ["--source", "gta"], ["no data set 'gta'", "gta5", "path of a .json"]),
+    "broken description": (lambda p: ["--source", listed(p, "{")], ["list.txt: not JSON", "line 1"]),
+    "wrong description": (lambda p: ["--source", described(p, size=[1])], ["mine.json: 'size' must be"]),
+    "missing weights": (lambda p: ["--restore-from", str(p / "no.pth")], ["no.pth does not exist"]),
+    "too small for D": (lambda p: ["--adapt", "feature"], ["at least 256x256", "--input-size"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_message_before_training(pair, tmp_path, case):
+    spoil, facts = CASES[case]
+    more = spoil(pair)
+    flags = more if isinstance(more, list) else []
+    with pytest.raises(UserError) as caught:
+        script.main(training(pair, tmp_path / "run", *flags))
+    for fact in facts:
+        assert fact in str(caught.value), str(caught.value)
+    assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+def test_weights_of_another_network(rendered, tmp_path):
+    """The one check that needs the network; a real run: exit code 2, one message, no traceback."""
+    torch.save({"conv1.weight": torch.ones(64, 3, 7, 7), "other": torch.ones(1)}, tmp_path / "w.pth")
+    done = execute(SCRIPT, *training(rendered, tmp_path / "run", "--restore-from", str(tmp_path / "w.pth")), code=2)
+    text = message(done, SCRIPT)
+    assert "w.pth fits only" in text and "another --model or --arch" in text and text.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_data(rendered, pair, tmp_path, capsys):
+    """Good data passes, without a network; every bad file is listed; all of it on the command line too."""
+    assert script.main(training(pair, tmp_path / "run", "--check-data")) == 0
+    assert "fine" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    truncate(pair / IMAGE)
+    unknown_value(pair / "gta5/labels/00004.png")
+    done = execute(SCRIPT, *training(pair, tmp_path / "run", "--check-data"), code=2)
+    text = message(done, SCRIPT)
+    for fact in ("gta5 (", "2 bad files:", IMAGE, "00004.png: unknown label values 99"):
+        assert fact in text
+    assert text.count("\n") == 3
+
+
+def test_a_bad_file_behind_the_checked_sample(rendered, tmp_path):
+    """A start reads some 50 files; another that is broken stops the run with its name, from a loader process too."""
+    pair = shutil.copytree(rendered, tmp_path / "pair")
+    for number in range(6, 110):
+        for kind in ("images", "labels"):
+            shutil.copy(pair / f"gta5/{kind}/00001.png", pair / f"gta5/{kind}/{number:05}.png")
+    checked = set(np.linspace(0, 108, 50).astype(int) + 1)
+    for number in set(range(1, 110)) - checked:
+        truncate(pair / f"gta5/images/{number:05}.png")
+    done = execute(SCRIPT, *training(pair, tmp_path / "run", "--source-only", "--num-steps", "30", "--num-workers", "1",
+                                     "--save-pred-every", "999"), code=2, seconds=120)
+    text = message(done, SCRIPT)
+    assert "the image is broken or truncated" in text and text.count("\n") == 1
