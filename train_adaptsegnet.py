@@ -18,6 +18,7 @@ picture flags act.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +97,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
     data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
     data.add_argument("--ignore-label", type=int, default=255, help="class index without loss; void labels get it")
-    data.add_argument("--num-workers", type=int, default=4, help="loader processes of each of the two data sets")
+    data.add_argument("--num-workers", type=int, default=min(4, os.cpu_count() or 1),
+                      help="loader processes of each of the two data sets")
     data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     opt = p.add_argument_group("optimisation")
     opt.add_argument("--batch-size", type=int, default=1, help="pairs a process and backward pass")
