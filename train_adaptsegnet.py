@@ -474,12 +474,17 @@ def demo(args: argparse.Namespace) -> int:
         outcomes[name] = outcome
     data, pixels, size_t = outcome.data, outcome.pixels, args.input_size_target
     run = running.Run(next(outcome.net.parameters()).device, 0, 1, "off")
-    nets = {"source only": outcomes["source only"].net}
-    for name, o in (("source, target BN", outcomes["source only"]), ("adapted", outcome)):
-        nets[name] = predict.reestimate_bn(o.net, data.target.images, size_t, pixels, run, args.num_workers)
+    source_only = outcomes["source only"]
+    nets = {"source only": source_only.net}
+    for name, net in (("source, target BN", source_only.net), ("adapted", outcome.net)):
+        if name != "adapted" or args.bn_stats == "target":
+            net = predict.reestimate_bn(net, data.target.images, size_t, pixels, run, args.num_workers)
+        nets[name] = net
     print(metrics.iou_table(data.classes, {
-        name: predict.score(net, data.validation, size_t, pixels, len(data.classes), run, workers=args.num_workers)
-        for name, net in nets.items()}))
+        "source only": source_only.confusion,
+        "source, target BN": predict.score(nets["source, target BN"], data.validation, size_t, pixels,
+                                           len(data.classes), run, workers=args.num_workers),
+        "adapted": outcome.confusion}))
     report = Path("result/demo/report.png")
     predict.pictures(nets, data, size_t, pixels, 6, report, run)
     print(f"pictures: {report}")

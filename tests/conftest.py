@@ -1,10 +1,11 @@
-"""Golden numbers: the folder in SEGADAPT_REFERENCE, or the copies beside the tests."""
+"""What tests share: golden numbers (in the folder SEGADAPT_REFERENCE, or the copies here) and both backends."""
 import json
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,3 +28,16 @@ def fill(keys, seed: int, prefix: str = "") -> dict:
     finally:
         sys.path.pop(0)
     return weights.fill_state_dict(keys, seed, as_torch=True, prefix=prefix)
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def backend(request):
+    """Runs a test with both implementations of the operators."""
+    from lib import ops  # torch: only where a test needs it
+
+    before = ops._state["mode"]
+    if request.param == "compiled" and ops._load():
+        pytest.skip(f"not compiled: {ops._load()}")
+    ops.use(request.param)
+    yield request.param
+    ops.use(before)

@@ -9,17 +9,6 @@ BACKENDS = ["reference", "compiled"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    """Runs a test with both implementations."""
-    before = ops._state["mode"]
-    if request.param == "compiled" and ops._load():
-        pytest.skip(f"not compiled: {ops._load()}")
-    ops.use(request.param)
-    yield request.param
-    ops.use(before)
-
-
 SHAPES = [((19, 33, 65), (256, 512)), ((5, 33, 33), (100, 130)), ((3, 30, 20), (217, 23)), ((4, 100, 300), (64, 128)),
           ((255, 4, 4), (70, 90)), ((1, 5, 5), (100, 100)), ((7, 20, 30), (20, 130)), ((6, 1, 1), (90, 41)),
           ((6, 17, 300), (1, 300))]

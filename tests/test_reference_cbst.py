@@ -11,16 +11,6 @@ P = torch.from_numpy(DATA["probabilities"]).permute(0, 3, 1, 2).contiguous()  # 
 CASES = [(ds_rate, portion) for ds_rate in (4, 1) for portion in (0.2, 0.5)]
 
 
-@pytest.fixture(params=["reference", "compiled"])
-def backend(request):
-    before = ops._state["mode"]
-    if request.param == "compiled" and ops._load():
-        pytest.skip(f"not compiled: {ops._load()}")
-    ops.use(request.param)
-    yield request.param
-    ops.use(before)
-
-
 def select(portion, extra_zeros=None, pooled=False, **options):
     """Both passes over all images; extra_zeros: confidences 0 that the original puts into each class's list."""
     hist, fine = ops.new_histogram(19), ops.new_histogram(19, fine=True)
