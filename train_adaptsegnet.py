@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, metrics, ops, predict
+from lib import checkpoint, ops, predict
 from lib import run as running
 from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
@@ -38,6 +38,7 @@ from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, MODELS, build, set_bn_affine, set_train_mode
 from lib.models.discriminator import FCDiscriminator
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
+from lib.run import full
 
 SOURCE, TARGET = 0, 1  # domain labels of the code; the paper writes the reverse
 # Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
@@ -158,11 +159,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 # --- losses: pred are logits [N, C, H, W] at the size of their image, score is D's output -----------------------------
-
-
-def full(x: Tensor) -> Tensor:
-    """Losses are taken in at least float32, also under autocast."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def upsample(pred: Tensor, size: Sequence[int]) -> Tensor:
@@ -313,23 +309,20 @@ def train(args: argparse.Namespace) -> Outcome | int:
     scaler = run.scaler()
 
     # resume
-    first, best, confusion = 0, None, None
+    validation = None if data.validation is None else predict.Validation(
+        data, size_t, pixels, run, folder, bn_stats=args.bn_stats, workers=args.num_workers, most=args.save_num_images)
+    first = 0
+    everything = net, list(discriminators.values()), [optimizer, *optimizers_d], scaler
     arguments = {**{k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}, "nproc_per_node": run.world}
-    if args.resume and not resume_file.exists():
-        run.say(f"note: there is no {resume_file} yet: starting at the beginning")
-    elif args.resume:
-        state = checkpoint.load(resume_file)
-        checkpoint.check_same_arguments(state["arguments"], arguments, FREE_ARGUMENTS)
-        first, best, confusion = state["iteration"], state["best"], state["confusion"]
-        net.load_state_dict(state["net"])
-        for module, s in zip(discriminators.values(), state["discriminators"], strict=True):
-            module.load_state_dict(s)
-        for o, s in zip([optimizer, *optimizers_d], state["optimizers"], strict=True):
-            o.load_state_dict(s)
-        scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+    if args.resume and resume_file.exists():
+        state = checkpoint.load_resume(resume_file, *everything, arguments, FREE_ARGUMENTS)
+        first = state["iteration"]
+        if validation is not None and state["validation"]:
+            validation.load_state_dict(state["validation"])
         loaded = f"resumed at iteration {first}"
-    elif resume_file.exists() and run.is_main:
+    elif args.resume:
+        run.say(f"note: there is no {resume_file} yet: starting at the beginning")
+    elif resume_file.exists():
         run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
 
     running.header(run, {
@@ -348,6 +341,11 @@ def train(args: argparse.Namespace) -> Outcome | int:
         for d in discriminators.values():
             d.compile()
 
+    def meta_of(iteration: int) -> dict[str, object]:
+        return {"script": "train_adaptsegnet.py", "iteration": iteration, "model": args.model, "arch": args.arch,
+                "aspp": args.aspp, "stride_on": stride_on, "pixels": pixels, "task": args.target,
+                "classes": list(data.classes), "size": list(size_t), "align_corners": True}
+
     def save(iteration: int, snapshot: bool) -> None:
         """The resume file, and with ``snapshot`` the weights under the names of the release."""
         if not run.is_main:
@@ -356,38 +354,8 @@ def train(args: argparse.Namespace) -> Outcome | int:
             checkpoint.save_weights(net, folder / f"{prefix}{iteration}.pth", meta_of(iteration))
             for number, d in discriminators.items():
                 checkpoint.save_weights(d, folder / f"{prefix}{iteration}_D{number}.pth", meta_of(iteration))
-        state = net.state_dict()
-        state.segadapt = meta_of(iteration)  # so that evaluate.py takes this file too
-        checkpoint.save({
-            "iteration": iteration, "best": best, "arguments": arguments, "net": state,
-            "confusion": None if confusion is None else torch.from_numpy(confusion),
-            "discriminators": [d.state_dict() for d in discriminators.values()],
-            "optimizers": [o.state_dict() for o in (optimizer, *optimizers_d)], "scaler": scaler.state_dict(),
-            "rng": torch.get_rng_state()}, resume_file)
-
-    def meta_of(iteration: int) -> dict[str, object]:
-        return {"script": "train_adaptsegnet.py", "iteration": iteration, "model": args.model, "arch": args.arch,
-                "aspp": args.aspp, "stride_on": stride_on, "pixels": pixels, "task": args.target,
-                "classes": list(data.classes), "size": list(size_t), "align_corners": True}
-
-    def evaluate(iteration: int) -> np.ndarray:
-        nonlocal best
-        judged = net
-        if args.bn_stats == "target":
-            judged = predict.reestimate_bn(net, data.target.images, size_t, pixels, run, args.num_workers)
-        confusion = predict.score(judged, data.validation, size_t, pixels, len(data.classes), run,
-                                  workers=args.num_workers)
-        miou = 100 * metrics.mean_iou(confusion)
-        if best is None or miou > best["mIoU"]:
-            best = {"mIoU": miou, "iteration": iteration}
-            if run.is_main:
-                checkpoint.save_weights(judged, folder / "best.pth", {**meta_of(iteration), "mIoU": miou})
-        log.scores(iteration, {"mIoU": miou, "best_mIoU": best["mIoU"]})
-        run.say(f"iteration {iteration}: target mIoU {miou:.2f} (best {best['mIoU']:.2f} at {best['iteration']})")
-        if run.is_main and args.save_num_images:
-            predict.pictures({"prediction": judged}, data, size_t, pixels, args.save_num_images,
-                             folder / "pictures" / f"{iteration}.png", run)
-        return confusion
+        checkpoint.save_resume(resume_file, *everything, meta_of(iteration), iteration=iteration, arguments=arguments,
+                               validation=validation and validation.state_dict())
 
     # the loop
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
@@ -412,12 +380,12 @@ def train(args: argparse.Namespace) -> Outcome | int:
                 batch_t = next(batches_t) if batches_t is not None else None
                 names += [*batch_s.name, *(batch_t.name if batch_t is not None else ())]
                 losses = adapt_backward(
-                    net, levels, to_device(batch_s.image, run), batch_s.label.to(run.device),
-                    None if batch_t is None else to_device(batch_t.image, run), gan=args.gan, adapt=args.adapt,
+                    net, levels, run.place(batch_s.image), batch_s.label.to(run.device),
+                    None if batch_t is None else run.place(batch_t.image), gan=args.gan, adapt=args.adapt,
                     iter_size=args.iter_size, ignore=args.ignore_label, run=run, scale=scaler.scale)
                 for key, loss in losses.items():
                     sums[key] = sums.get(key, 0.0) + loss.detach() / args.iter_size
-            values = dict(zip(sums, (run.sum(torch.stack(list(sums.values()))) / run.world).tolist(), strict=True))
+            values = run.mean_values(sums)
             running.require_finite(values, i + 1, names, last_good)
             run.average_gradients([net, *discriminators.values()])
             for o in (optimizer, *optimizers_d):
@@ -428,9 +396,8 @@ def train(args: argparse.Namespace) -> Outcome | int:
             log.step()
             if done % args.log_every == 0 or done == args.num_steps_stop:
                 log.losses(done, {**values, "lr": lr})
-            confusion = None
-            if data.validation is not None and (done % args.eval_every == 0 or done == args.num_steps_stop):
-                confusion = evaluate(done)
+            if validation is not None and (done % args.eval_every == 0 or done == args.num_steps_stop):
+                validation(net, done, meta_of(done), log)
                 set_train_mode(net, freeze_bn=not args.is_training)
             leaving = run.any(stop.signal is not None)
             snapshot = done % args.save_pred_every == 0 or done == args.num_steps_stop
@@ -441,53 +408,30 @@ def train(args: argparse.Namespace) -> Outcome | int:
                 log.close()
                 run.say(f"stopped at iteration {done}; --resume goes on from {resume_file}")
                 return 128 + (stop.signal or 0)
+    if validation is not None:
+        if validation.iteration != args.num_steps_stop:  # resumed at its end, which had not been scored
+            validation(net, args.num_steps_stop, meta_of(args.num_steps_stop), log)
+        validation.report()
     log.close()
     run.barrier()
-
-    if data.validation is not None:
-        if confusion is None:  # resumed at its end, which had not been scored
-            confusion = evaluate(first)
-        confusion = np.asarray(confusion)
-        run.say(metrics.iou_table(data.classes, {"last": confusion}))
-        run.say(f"target mIoU: last {100 * metrics.mean_iou(confusion):.2f}, best {best['mIoU']:.2f} (iteration "
-                f"{best['iteration']}, chosen on the validation set)")
-    return Outcome(net, data, confusion, pixels)
-
-
-def to_device(x: Tensor, run: running.Run) -> Tensor:
-    return x.to(run.device, memory_format=torch.channels_last, non_blocking=True)
+    return Outcome(net, data, validation and validation.confusion, pixels)
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Train source-only and adapted on the rendered pair, print their tables, draw result/demo/report.png.
-
-    The adapted network may use the target's images, so its BN statistics are re-estimated on them (--bn-stats target);
-    what that alone does for the source-only network stands between the two.
-    """
-    outcomes: dict[str, Outcome] = {}
+    """Train source-only and adapted on the rendered pair, print their tables, draw result/demo/report.png."""
+    outcomes = []
     for name, changes in (("source only", {"source_only": True, "bn_stats": "running"}), ("adapted", {})):
         print(f"--- {name}")
         folder = f"{args.snapshot_dir}/{name.replace(' ', '_')}"
         outcome = train(argparse.Namespace(**{**vars(args), **changes, "snapshot_dir": folder}))
         if isinstance(outcome, int):
             return outcome
-        outcomes[name] = outcome
-    data, pixels, size_t = outcome.data, outcome.pixels, args.input_size_target
-    run = running.Run(next(outcome.net.parameters()).device, 0, 1, "off")
-    source_only = outcomes["source only"]
-    nets = {"source only": source_only.net}
-    for name, net in (("source, target BN", source_only.net), ("adapted", outcome.net)):
-        if name != "adapted" or args.bn_stats == "target":
-            net = predict.reestimate_bn(net, data.target.images, size_t, pixels, run, args.num_workers)
-        nets[name] = net
-    print(metrics.iou_table(data.classes, {
-        "source only": source_only.confusion,
-        "source, target BN": predict.score(nets["source, target BN"], data.validation, size_t, pixels,
-                                           len(data.classes), run, workers=args.num_workers),
-        "adapted": outcome.confusion}))
-    report = Path("result/demo/report.png")
-    predict.pictures(nets, data, size_t, pixels, 6, report, run)
-    print(f"pictures: {report}")
+        outcomes.append(outcome)
+    source_only, adapted = outcomes
+    run = running.Run(next(adapted.net.parameters()).device, 0, 1, "off")
+    predict.compare((source_only.net, source_only.confusion), (adapted.net, adapted.confusion), adapted.data,
+                    args.input_size_target, adapted.pixels, run, Path("result/demo/report.png"),
+                    bn_stats=args.bn_stats, workers=args.num_workers)
     return 0
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,3 +205,37 @@ def check_same_arguments(saved: Mapping[str, object], now: Mapping[str, object],
     if differs:
         raise UserError("--resume: this is another run than the one saved: " + "; ".join(differs)
                         + ". Give the same flags, or another --snapshot-dir")
+
+
+def save_resume(path: Path, net: nn.Module, others: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
+                scaler: torch.amp.GradScaler, meta: Mapping[str, object], **rest: object) -> None:
+    """Write all that a run needs to go on exactly: networks, optimisers, loss scale, random state, ``rest``.
+
+    ``net`` carries ``meta``, so that evaluate.py takes this file too. ``rest`` holds plain values and tensors, among
+    them ``arguments``, which load_resume compares.
+    """
+    state = net.state_dict()
+    state.segadapt = dict(meta)
+    save({"net": state, "others": [module.state_dict() for module in others],
+          "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
+          "rng": torch.get_rng_state(), **rest}, path)
+
+
+def load_resume(path: Path, net: nn.Module, others: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
+                scaler: torch.amp.GradScaler, arguments: Mapping[str, object], may_differ: Iterable[str]) -> dict:
+    """Put what save_resume wrote back in place; returns all of it.
+
+    Raises UserError where the file cannot be used, or where ``arguments`` are not those of the run that wrote it.
+    """
+    state = load(path)
+    if not isinstance(state, dict) or not {"net", "others", "arguments"} <= set(state):
+        raise UserError(f"{path} is no resume file of this script")
+    check_same_arguments(state["arguments"], arguments, set(may_differ))
+    net.load_state_dict(state["net"])
+    for module, saved in zip(others, state["others"], strict=True):
+        module.load_state_dict(saved)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    return state

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 
-from lib import ops, visual
+from lib import checkpoint, ops, visual
 from lib.datasets.description import read_image
 from lib.datasets.folder import ImageFolder, Pair
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
-from lib.metrics import confusion_matrix
+from lib.metrics import confusion_matrix, iou_table, mean_iou
 from lib.models.deeplab import logits_of
-from lib.run import Run
+from lib.run import Log, Run
 
 
 class Views(NamedTuple):
@@ -155,16 +155,91 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
 
 
 def pictures(nets: Mapping[str, nn.Module], data: Pair, size: tuple[int, int], pixels: str, most: int, path: Path,
-             run: Run) -> None:
+             run: Run, *, align_corners: bool = True) -> None:
     """Write panels [image, truth, label map of each named network] of ``most`` spread validation images."""
     fast = {name: prepare(net) for name, net in nets.items()}
     views, rows = ViewSet(data.validation.images, size, pixels), []
     for index in np.unique(np.linspace(0, len(views) - 1, min(most, len(views))).astype(int)).tolist():
         item = views[index]
         maps = [data.validation.truth(index), *(
-            predict(net, item.tensors, item.image.shape[1::-1], run).cpu().numpy() for net in fast.values())]
+            predict(net, item.tensors, item.image.shape[1::-1], run, align_corners=align_corners).cpu().numpy()
+            for net in fast.values())]
         rows.append([Image.fromarray(item.image), *(visual.colour_map(m, data.palette) for m in maps)])
     width = min(max(rows[0][0].width, 256), 480)
     key = visual.legend(data.classes, data.palette, len(rows[0]) * (width + 4) - 4)
     path.parent.mkdir(parents=True, exist_ok=True)
     visual.panel(rows, ["image", "truth", *nets], width, key=key).save(path)
+
+
+class Validation:
+    """Scores a network on the validation set of ``data`` during training, and keeps last and best apart.
+
+    The best is chosen on that same set and written to ``folder``/best.pth. bn_stats "target": BN statistics are
+    re-estimated on the target's training images first. most: pictures at each evaluation (0: none).
+    """
+
+    def __init__(self, data: Pair, size: tuple[int, int], pixels: str, run: Run, folder: Path, *, bn_stats: str,
+                 workers: int, most: int, align_corners: bool = True):
+        self.data, self.size, self.pixels, self.run, self.folder = data, size, pixels, run, folder
+        self.bn_stats, self.workers, self.most, self.align_corners = bn_stats, workers, most, align_corners
+        self.best: dict[str, float] | None = None
+        self.confusion: np.ndarray | None = None  # of the last call
+        self.iteration: int | None = None         # of the last call
+
+    def state_dict(self) -> dict[str, object]:
+        return {"best": self.best, "iteration": self.iteration,
+                "confusion": None if self.confusion is None else torch.from_numpy(self.confusion)}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        self.best, self.iteration = state["best"], state["iteration"]
+        self.confusion = None if state["confusion"] is None else state["confusion"].numpy()
+
+    def judged(self, net: nn.Module) -> nn.Module:
+        """``net``, or the copy with the target's statistics."""
+        if self.bn_stats != "target":
+            return net
+        return reestimate_bn(net, self.data.target.images, self.size, self.pixels, self.run, self.workers)
+
+    def __call__(self, net: nn.Module, iteration: int, meta: Mapping[str, object], log: Log) -> None:
+        judged = self.judged(net)
+        self.confusion = score(judged, self.data.validation, self.size, self.pixels, len(self.data.classes), self.run,
+                               align_corners=self.align_corners, workers=self.workers)
+        self.iteration, miou = iteration, 100 * mean_iou(self.confusion)
+        if self.best is None or miou > self.best["mIoU"]:
+            self.best = {"mIoU": miou, "iteration": iteration}
+            if self.run.is_main:
+                checkpoint.save_weights(judged, self.folder / "best.pth", {**meta, "mIoU": miou})
+        log.scores(iteration, {"mIoU": miou, "best_mIoU": self.best["mIoU"]})
+        self.run.say(f"iteration {iteration}: target mIoU {miou:.2f} (best {self.best['mIoU']:.2f} at "
+                     f"{self.best['iteration']})")
+        if self.run.is_main and self.most:
+            pictures({"prediction": judged}, self.data, self.size, self.pixels, self.most,
+                     self.folder / "pictures" / f"{iteration}.png", self.run, align_corners=self.align_corners)
+
+    def report(self) -> None:
+        """Print the table of the last evaluation, and last and best."""
+        self.run.say(iou_table(self.data.classes, {"last": self.confusion}))
+        self.run.say(f"target mIoU: last {100 * mean_iou(self.confusion):.2f}, best {self.best['mIoU']:.2f} (iteration "
+                     f"{self.best['iteration']}, chosen on the validation set)")
+
+
+def compare(source_only: tuple[nn.Module, np.ndarray], adapted: tuple[nn.Module, np.ndarray], data: Pair,
+            size: tuple[int, int], pixels: str, run: Run, report: Path, *, bn_stats: str, workers: int = 0,
+            align_corners: bool = True) -> None:
+    """Print the score tables of a source-only and an adapted network side by side and draw their label maps.
+
+    Each comes with its confusion matrix. The adapted network may use the target's images, so its BN statistics may be
+    those of the target (bn_stats "target"); what that alone does for the source-only network stands between the two.
+    """
+    def with_target(net: nn.Module) -> nn.Module:
+        return reestimate_bn(net, data.target.images, size, pixels, run, workers)
+
+    middle = with_target(source_only[0])
+    nets = {"source only": source_only[0], "source, target BN": middle,
+            "adapted": with_target(adapted[0]) if bn_stats == "target" else adapted[0]}
+    confusion = score(middle, data.validation, size, pixels, len(data.classes), run, workers=workers,
+                      align_corners=align_corners)
+    print(iou_table(data.classes, {"source only": source_only[1], "source, target BN": confusion,
+                                   "adapted": adapted[1]}))
+    pictures(nets, data, size, pixels, 6, report, run, align_corners=align_corners)
+    print(f"pictures: {report}")

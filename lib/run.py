@@ -50,6 +50,11 @@ def end_loaders() -> None:
             child.kill()
 
 
+def full(x: Tensor) -> Tensor:
+    """Losses are taken in at least float32, also under autocast."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 @dataclass(frozen=True)
 class Run:
     """Where and how this process computes; ``world`` processes with ranks 0 .. world - 1 share every batch."""
@@ -71,6 +76,10 @@ class Run:
         """Loss scaling for fp16; passes losses through unchanged otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
 
+    def place(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] on the device, channels last."""
+        return x.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+
     def sum(self, value: Tensor) -> Tensor:
         """``value`` added up over all processes (detached)."""
         value = value.detach().clone()
@@ -88,6 +97,10 @@ class Run:
         flat /= self.world
         for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
             grad.copy_(mean)
+
+    def mean_values(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """Scalars averaged over all processes, as numbers."""
+        return dict(zip(losses, (self.sum(torch.stack(list(losses.values()))) / self.world).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
         """True where any process says so; all processes must call it together."""

@@ -1,11 +1,12 @@
-"""python tests/interrupted.py MOMENT SIGNAL [arguments of train_adaptsegnet.py]
+"""python tests/interrupted.py SCRIPT MOMENT SIGNAL [arguments of the script]
 
-The script with a network of a few parameters (resuming is about the loop), which gets SIGNAL at a moment:
+A training script with a network of a few parameters (resuming is about the loop), which gets SIGNAL at a moment:
 "step:3" before the 3rd iteration computes, "write best.pth:2" half way through the 2nd write of that file, "rename
 best.pth:2" between writing and renaming it, "log:2" half way through the 2nd line of the log, "never:0". SIGKILL goes
 to the process alone, other signals to its process group, as a terminal or a scheduler sends them.
 """
 import functools
+import importlib
 import io
 import os
 import signal
@@ -16,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-import train_adaptsegnet as script
 from lib import checkpoint
 from lib import run as running
+
+STEP = {"train_adaptsegnet": "adapt_backward"}  # the function of each script that computes an iteration
 
 
 class TinyNet(nn.Module):
@@ -38,7 +40,14 @@ class TinyNet(nn.Module):
         return (features, logits) if return_features else logits
 
 
-def interrupt(moment: str, number: int) -> None:
+def shrink(script) -> None:
+    """Give the script networks of a few parameters."""
+    script.build = lambda model, classes, *_: TinyNet(classes)
+    if hasattr(script, "FCDiscriminator"):
+        script.FCDiscriminator = functools.partial(script.FCDiscriminator, ndf=4)
+
+
+def interrupt(script, moment: str, number: int) -> None:
     """Let the signal arrive at ``moment``."""
     when, count = moment.split(":")
     calls = 0
@@ -72,12 +81,13 @@ def interrupt(moment: str, number: int) -> None:
 
     hook(checkpoint.torch, "save", lambda _, file: f"write {file.name.rpartition('/.')[2][:-len('.tmp')]}", half_a_file)
     hook(checkpoint.os, "replace", lambda _, path: f"rename {Path(path).name}")
-    hook(script, "adapt_backward", lambda *_: "step")
+    hook(script, STEP[script.__name__], lambda *_: "step")
     hook(running.Log, "_write", lambda *_: "log", half_a_line)
 
 
 if __name__ == "__main__":
-    script.build = lambda model, classes, *_: TinyNet(classes)
-    script.FCDiscriminator = functools.partial(script.FCDiscriminator, ndf=4)
-    interrupt(sys.argv.pop(1), signal.Signals[sys.argv.pop(1)])
+    name, moment, by = (sys.argv.pop(1) for _ in range(3))
+    script = importlib.import_module(name)
+    shrink(script)
+    interrupt(script, moment, signal.Signals[by])
     running.cli(script.main)

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from conftest import ROOT
 
+from lib import checkpoint
 from lib.datasets.demo import render_demo
 
 WIDTH, HEIGHT = 64, 48
@@ -24,7 +26,7 @@ def training(pair: Path, folder: Path, *more: str) -> list[str]:
     size = f"{WIDTH},{HEIGHT}"
     return ["--target", "demo", "--data-dir", str(pair / "gta5"), "--data-dir-target", str(pair / "cityscapes"),
             "--arch", "resnet18", "--input-size", size, "--input-size-target", size, "--num-steps", "2",
-            "--num-workers", "0", "--log-every", "1", "--save-num-images", "0", "--cpu", 
+            "--num-workers", "0", "--log-every", "1", "--save-num-images", "0", "--cpu",
             "--ops", "reference", "--snapshot-dir", str(folder), *more]
 
 
@@ -52,3 +54,32 @@ def logged(folder: Path, key: str | None = None) -> list[dict]:
     """The lines of log.jsonl, or those with a key."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if key is None or key in line]
+
+
+def interrupted(script: str, *arguments: str, at: str = "never:0", by: str = "SIGKILL", code: int = 0) -> str:
+    """Run a script's loop with the networks of interrupted.py; what it printed."""
+    done = subprocess.run([*command("tests/interrupted.py", script.removesuffix(".py"), at, by), *arguments],
+                          env=ENVIRONMENT, capture_output=True, text=True, start_new_session=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_end(folder: Path, uninterrupted) -> None:
+    """uninterrupted: (log lines, resume state, all names written) of a run that nothing disturbed."""
+    lines, state, names = uninterrupted
+    assert logged(folder) == lines
+    ours = checkpoint.load(folder / "resume.pth")
+    for key in state.keys() - {"arguments"}:
+        assert same(ours[key], state[key]), key
+    assert {p.name for p in folder.iterdir()} == names

@@ -12,7 +12,18 @@ import torch
 from conftest import ROOT
 from interrupted import TinyNet
 from PIL import Image
-from scripts import ENVIRONMENT, command, execute, logged, message, render, training
+from scripts import (
+    ENVIRONMENT,
+    assert_same_end,
+    command,
+    execute,
+    interrupted,
+    logged,
+    message,
+    render,
+    same,
+    training,
+)
 
 import train_adaptsegnet as script
 from lib import checkpoint, ops
@@ -182,40 +193,12 @@ def test_a_source_batch_without_labels(multi):
 STEPS = ["--num-steps", "6", "--save-pred-every", "2", "--random-mirror", "--random-scale"]
 
 
-def interrupted(*arguments: str, at: str = "never:0", by: str = "SIGKILL", code: int = 0) -> str:
-    """Run the loop with the network of interrupted.py; what it printed."""
-    done = subprocess.run([sys.executable, str(ROOT / "tests/interrupted.py"), at, by, *arguments], env=ENVIRONMENT,
-                          capture_output=True, text=True, start_new_session=True, timeout=600)
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(pair, tmp_path_factory):
     """(log lines, resume state, all names written) of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    interrupted(*training(pair, folder, *STEPS))
+    interrupted(SCRIPT, *training(pair, folder, *STEPS))
     return logged(folder), checkpoint.load(folder / "resume.pth"), {p.name for p in folder.iterdir()}
-
-
-def same(a, b) -> bool:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def assert_same_end(folder: Path, uninterrupted) -> None:
-    lines, state, names = uninterrupted
-    assert logged(folder) == lines
-    ours = checkpoint.load(folder / "resume.pth")
-    for key in state.keys() - {"arguments"}:
-        assert same(ours[key], state[key]), key
-    assert {p.name for p in folder.iterdir()} == names
 
 
 MOMENTS = {  # and the iteration that resume.pth holds then
@@ -227,9 +210,9 @@ MOMENTS = {  # and the iteration that resume.pth holds then
 @pytest.mark.parametrize("when, saved", MOMENTS.items())
 def test_sigkill_and_resume_end_as_if_nothing_had_happened(pair, folder, uninterrupted, when, saved):
     arguments = training(pair, folder, *STEPS)
-    interrupted(*arguments, at=when, code=-signal.SIGKILL)
+    interrupted(SCRIPT, *arguments, at=when, code=-signal.SIGKILL)
     assert (checkpoint.load(folder / "resume.pth")["iteration"] if saved else 0) == saved
-    resumed = interrupted(*arguments, "--resume")
+    resumed = interrupted(SCRIPT, *arguments, "--resume")
     assert (f"resumed at iteration {saved}" if saved else "starting at the beginning") in resumed
     assert_same_end(folder, uninterrupted)
 
@@ -251,28 +234,28 @@ def test_the_real_network_resumes_exactly(pair, folder):
     execute(SCRIPT, *arguments, "--resume")
     assert logged(killed) == logged(straight)
     states = [checkpoint.load(d / "resume.pth") for d in (straight, killed)]
-    assert all(same(states[0][k], states[1][k]) for k in ("net", "discriminators", "optimizers"))
+    assert all(same(states[0][k], states[1][k]) for k in ("net", "others", "optimizers"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(pair, folder, uninterrupted, number):
     """Sent to all processes of the run, loaders included."""
     arguments = training(pair, folder, *STEPS, "--num-workers", "1")
-    text = interrupted(*arguments, at="step:3", by=number.name, code=128 + number)
+    text = interrupted(SCRIPT, *arguments, at="step:3", by=number.name, code=128 + number)
     assert f"stopped at iteration 3; --resume goes on from {folder / 'resume.pth'}" in text and "Traceback" not in text
     assert checkpoint.load(folder / "resume.pth")["iteration"] == 3 and not (folder / "GTA5_3.pth").exists()
-    interrupted(*arguments, "--resume")
+    interrupted(SCRIPT, *arguments, "--resume")
     assert_same_end(folder, uninterrupted)
 
 
 def test_resume_at_the_end_and_with_other_flags(pair, folder):
     arguments = training(pair, folder, "--source-only")
-    first = interrupted(*arguments)
+    first = interrupted(SCRIPT, *arguments)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    again = interrupted(*arguments, "--resume")
+    again = interrupted(SCRIPT, *arguments, "--resume")
     assert first.splitlines()[-17:] == again.splitlines()[-17:], "the same table"
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    text = interrupted(*arguments, "--resume", "--batch-size", "2", "--momentum", "0.5", code=2)
+    text = interrupted(SCRIPT, *arguments, "--resume", "--batch-size", "2", "--momentum", "0.5", code=2)
     for fact in ("--batch-size was 1, is 2", "--momentum was 0.9, is 0.5", "another --snapshot-dir"):
         assert fact in text
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and "Traceback" not in text
