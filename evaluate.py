@@ -52,6 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--size", help="width,height to resize to (default: the checkpoint's, else the description's)")
     p.add_argument("--scales", default="1.0", help="comma-separated; logits are averaged")
     p.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    p.add_argument("--aggregate", type=float, nargs="?", const=0.5, default=0.0, metavar="ALPHA",
+                   help="mix features and probabilities with those of similar pixels (pixel-level cycle association; "
+                        "without a number 0.5)")
     p.add_argument("--bn-stats", choices=["running", "target"], default="running",
                    help="target: re-estimate BN statistics on the images of --bn-set first")
     p.add_argument("--bn-set", help="set for --bn-stats target (default: the description's train)")
@@ -77,6 +80,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError
     except ValueError:
         p.error("--scales takes numbers such as 0.9,1.0,1.2 and --size takes width,height such as 1024,512")
+    if not 0 <= args.aggregate <= 1:
+        p.error("--aggregate takes a share from 0 to 1")
     if args.images and (args.data_dir or args.data_list or args.set):
         p.error("--images takes the place of --data-dir, --data-list and --set")
     return args
@@ -86,6 +91,8 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict, check
     """(network, what is known of it, load report) of args.restore_from."""
     weights, meta = checkpoint.read_weights(args.restore_from)
     known = {**checkpoint.recognise(weights), **meta}
+    if args.aspp == "released" and known["model"] == "DeeplabPixelAssoc":
+        raise UserError("--aspp released: this network sums all four rates")
     for key in ("model", "arch", "aspp", "pixels"):
         if getattr(args, key):
             known[key] = getattr(args, key)
@@ -149,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "network": f"{known['model']} {known['arch']}, {len(classes)} classes, ASPP {known['aspp']}",
         "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
         "images": f"{len(images)} of {args.images or data.name} at {size}, {'labelled' if labelled else 'no labels'}",
-        "scales": f"{args.scales}{', mirrored too' * args.flip}",
+        "scales": f"{args.scales}{', mirrored too' * args.flip}"
+                  + f", aggregated by {args.aggregate}" * bool(args.aggregate),
         "numbers": {"off": "float32"}.get(args.amp, args.amp) + ", compiled" * args.compile,
         "output": save or "scores only"})
     net.to(run.device)
@@ -195,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         results = predict.predictions(net, views, run, flip=args.flip, align_corners=known["align_corners"],
-                                      workers=args.num_workers, share=True)
+                                      aggregate=args.aggregate, workers=args.num_workers, share=True)
         bar = tqdm(results, total=len(images) // run.world, unit="image", disable=None if run.is_main else True)
         for index, image, label in bar:
             truth = labelled.truth(index) if labelled else None

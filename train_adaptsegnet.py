@@ -35,7 +35,7 @@ from lib.datasets.description import load_description
 from lib.datasets.folder import Pair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment
 from lib.errors import UserError
-from lib.models.deeplab import ARCHITECTURES, MODELS, build, set_bn_affine, set_train_mode
+from lib.models.deeplab import ARCHITECTURES, build, set_bn_affine, set_train_mode
 from lib.models.discriminator import FCDiscriminator
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
 from lib.run import full
@@ -71,7 +71,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lambda-adv-target2", type=float, help="adversarial, main level (0.001; 0.01 with LS)")
     method.add_argument("--demo", action="store_true", help="render a small pair, train source-only and adapted")
     net = p.add_argument_group("networks")
-    net.add_argument("--model", choices=["DeepLab", *MODELS], default="DeepLab", help="DeepLab: by --multi-level")
+    net.add_argument("--model", choices=["DeepLab", "DeeplabMulti", "Deeplab", "DeeplabVGG"], default="DeepLab",
+                     help="DeepLab: by --multi-level")
     net.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101")
     net.add_argument("--aspp", choices=["released", "full"], default="released", help="rates summed: 6, 12 or all four")
     net.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")

@@ -15,10 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lib.datasets.description import load_description
 from lib.errors import UserError
 
 CONTAINERS = ("state_dict", "model_state_dict", "weights", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "Scale.")
+# the order of the head's channels in the files of pixel-level cycle association's release; SYNTHIA's are the first 16
+PIXEL_ASSOC_CLASSES = ("sky", "building", "road", "sidewalk", "fence", "vegetation", "pole", "car", "traffic sign",
+                       "person", "bicycle", "motorcycle", "traffic light", "rider", "bus", "wall", "terrain", "truck",
+                       "train")
 
 
 def save(value: object, path: Path) -> None:
@@ -74,13 +79,14 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
     Understood: plain state dicts; dicts that hold one under a key of CONTAINERS (net: our resume.pth); the
     prefixes module., Scale. and _orig_mod.; torchvision's ResNet and VGG-16 (recognised by their linear classifier,
-    dropped here; meta then says pixels "imagenet" and, for a ResNet, stride_on "3x3").
+    dropped here; meta then says pixels "imagenet" and, for a ResNet, stride_on "3x3"); the release of pixel-level cycle
+    association, whose classes are put in Cityscapes' order.
     Raises UserError when the file holds no tensors.
     """
-    state = load(path)
+    state, container = load(path), None
     for key in CONTAINERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
+            state, container = state[key], key
             break
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"checkpoint {path} holds no state dict (looked at the top and under {', '.join(CONTAINERS)})")
@@ -93,6 +99,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             weights[key] = value
     if "fc.weight" in weights or "classifier.6.weight" in weights:
         return from_torchvision(weights)
+    if "classifier.0.convs.0.0.weight" in weights and container in ("weights", "model_state_dict") and not meta:
+        return from_pixel_assoc(weights)
     return weights, meta
 
 
@@ -127,18 +135,31 @@ def from_torchvision(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     return renamed, {"pixels": "imagenet"}
 
 
+def from_pixel_assoc(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """The release's head with its output channels in the order of lib/datasets/cityscapes.json."""
+    task = load_description("cityscapes")
+    theirs = PIXEL_ASSOC_CLASSES[:len(weights["classifier.0.convs.0.0.weight"])]
+    classes = [name for name in task.classes if name in theirs]
+    order = [theirs.index(name) for name in classes]
+    renamed = {k: v[order] if k.startswith("classifier.") else v for k, v in weights.items()}
+    return renamed, {"task": "cityscapes", "classes": classes, "aspp": "full", "pixels": "caffe", "size": [1460, 730],
+                     "align_corners": False}
+
+
 def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
     """Model name, depth and class count of a DeepLab state dict, from its keys and shapes.
 
     Raises UserError when it is none of the networks of lib.models.deeplab.
     """
     heads = {"layer6.conv2d_list.0.weight": "DeeplabMulti", "layer5.conv2d_list.0.weight": "Deeplab",
-             "classifier.conv2d_list.0.weight": "DeeplabVGG"}
+             "classifier.conv2d_list.0.weight": "DeeplabVGG", "classifier.0.convs.0.0.weight": "DeeplabPixelAssoc"}
     for key, model in heads.items():
         if key in weights:
-            arch = "vgg16" if model == "DeeplabVGG" else "resnet101" if "layer3.22.conv1.weight" in weights \
-                else "resnet50" if "layer1.0.conv3.weight" in weights else "resnet18"
-            return {"model": model, "arch": arch, "num_classes": weights[key].shape[0]}
+            stem = "backbone." if model == "DeeplabPixelAssoc" else ""
+            arch = "vgg16" if model == "DeeplabVGG" else "resnet101" if f"{stem}layer3.22.conv1.weight" in weights \
+                else "resnet50" if f"{stem}layer1.0.conv3.weight" in weights else "resnet18"
+            only = {"aspp": "full"} if model == "DeeplabPixelAssoc" else {}
+            return {"model": model, "arch": arch, "num_classes": weights[key].shape[0], **only}
     some = ", ".join(list(weights)[:4])
     raise UserError(f"no segmentation network is recognised by these keys: {some}, ... "
                     f"(known heads: {', '.join(heads)})")
@@ -172,6 +193,8 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
     backbone's tensors match: silently missing initial weights cost users of the release ten points.
     """
     own, report = net.state_dict(), LoadReport()
+    if "backbone.conv1.weight" in own and "conv1.weight" in weights:  # weights of a plain ResNet or another DeepLab
+        weights = {f"backbone.{key}": value for key, value in weights.items()}
     head_names = getattr(net, "head_names", ())
     fitting = {}
     for key, value in own.items():

@@ -20,7 +20,7 @@ from lib.datasets.folder import ImageFolder, Pair
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou
-from lib.models.deeplab import logits_of
+from lib.models.deeplab import aggregated_probabilities, logits_of
 from lib.run import Log, Run
 
 
@@ -102,20 +102,24 @@ def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int],
 
 @torch.inference_mode()
 def predict(net: nn.Module, tensors: Sequence[Tensor], size: tuple[int, int], run: Run, *, flip: bool = False,
-            align_corners: bool = True) -> Tensor:
+            align_corners: bool = True, aggregate: float = 0.0) -> Tensor:
     """One image's label map, uint8 [height, width] for ``size`` (width, height).
 
     tensors: the image at one or several scales, [3, h, w] each; logits are averaged over scales and, with ``flip``,
-    over the mirrored images, and up-sampled bilinearly. Ties go to the lowest class.
+    over the mirrored images, and up-sampled bilinearly. Ties go to the lowest class. aggregate > 0: probabilities of
+    aggregated_probabilities with that share take the place of the logits.
     """
+    def scores_of(x: Tensor) -> Tensor:
+        return aggregated_probabilities(net, x, aggregate) if aggregate else logits_of(net(x))
+
     dtype = next(net.parameters()).dtype
     logits = []
     for tensor in tensors:
         x = tensor[None].to(run.device, dtype, memory_format=torch.channels_last)
         with run.autocast():
-            scores = logits_of(net(x))
+            scores = scores_of(x)
             if flip:
-                scores = (scores + logits_of(net(x.flip(3))).flip(3)) / 2
+                scores = (scores + scores_of(x.flip(3)).flip(3)) / 2
         logits.append(scores.float())
     size = size[::-1]
     if len(logits) > 1:
@@ -125,7 +129,8 @@ def predict(net: nn.Module, tensors: Sequence[Tensor], size: tuple[int, int], ru
 
 
 def predictions(net: nn.Module, views: ViewSet, run: Run, *, flip: bool = False, align_corners: bool = True,
-                workers: int = 0, share: bool = False) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+                aggregate: float = 0.0, workers: int = 0,
+                share: bool = False) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(index, image uint8 [H, W, 3], label map uint8 [H, W]) of every image, at the size of its file.
 
     Decoding and resizing run ahead in ``workers`` processes. share=True: only this process's share of the images.
@@ -133,12 +138,13 @@ def predictions(net: nn.Module, views: ViewSet, run: Run, *, flip: bool = False,
     indices = range(run.rank, len(views), run.world) if share else range(len(views))
     for item in DataLoader(views, None, sampler=indices, num_workers=workers, generator=torch.Generator()):
         height, width = item.image.shape[:2]
-        label = predict(net, item.tensors, (width, height), run, flip=flip, align_corners=align_corners)
+        label = predict(net, item.tensors, (width, height), run, flip=flip, align_corners=align_corners,
+                        aggregate=aggregate)
         yield int(item.index), np.asarray(item.image), label.cpu().numpy()
 
 
 def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: str, num_classes: int, run: Run, *,
-          align_corners: bool = True, workers: int = 0) -> np.ndarray:
+          align_corners: bool = True, aggregate: float = 0.0, workers: int = 0) -> np.ndarray:
     """Confusion matrix int64 [C, C] (rows: truth) of ``net`` in eval mode on a labelled set, over all processes.
 
     size: (width, height) that images are resized to; label maps are scored at the size of the label.
@@ -146,7 +152,7 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
     fast = prepare(net)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     for index, _, label in predictions(fast, ViewSet(dataset.images, size, pixels), run, workers=workers,
-                                       align_corners=align_corners, share=True):
+                                       align_corners=align_corners, aggregate=aggregate, share=True):
         truth = dataset.truth(index)
         if truth.shape != label.shape:
             label = np.asarray(Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST))
@@ -155,15 +161,15 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
 
 
 def pictures(nets: Mapping[str, nn.Module], data: Pair, size: tuple[int, int], pixels: str, most: int, path: Path,
-             run: Run, *, align_corners: bool = True) -> None:
+             run: Run, *, align_corners: bool = True, aggregate: float = 0.0) -> None:
     """Write panels [image, truth, label map of each named network] of ``most`` spread validation images."""
     fast = {name: prepare(net) for name, net in nets.items()}
     views, rows = ViewSet(data.validation.images, size, pixels), []
     for index in np.unique(np.linspace(0, len(views) - 1, min(most, len(views))).astype(int)).tolist():
         item = views[index]
         maps = [data.validation.truth(index), *(
-            predict(net, item.tensors, item.image.shape[1::-1], run, align_corners=align_corners).cpu().numpy()
-            for net in fast.values())]
+            predict(net, item.tensors, item.image.shape[1::-1], run, align_corners=align_corners,
+                    aggregate=aggregate).cpu().numpy() for net in fast.values())]
         rows.append([Image.fromarray(item.image), *(visual.colour_map(m, data.palette) for m in maps)])
     width = min(max(rows[0][0].width, 256), 480)
     key = visual.legend(data.classes, data.palette, len(rows[0]) * (width + 4) - 4)
@@ -176,12 +182,14 @@ class Validation:
 
     The best is chosen on that same set and written to ``folder``/best.pth. bn_stats "target": BN statistics are
     re-estimated on the target's training images first. most: pictures at each evaluation (0: none).
+    aggregate: as for predict.
     """
 
     def __init__(self, data: Pair, size: tuple[int, int], pixels: str, run: Run, folder: Path, *, bn_stats: str,
-                 workers: int, most: int, align_corners: bool = True):
+                 workers: int, most: int, align_corners: bool = True, aggregate: float = 0.0):
         self.data, self.size, self.pixels, self.run, self.folder = data, size, pixels, run, folder
-        self.bn_stats, self.workers, self.most, self.align_corners = bn_stats, workers, most, align_corners
+        self.bn_stats, self.workers, self.most = bn_stats, workers, most
+        self.how = {"align_corners": align_corners, "aggregate": aggregate}
         self.best: dict[str, float] | None = None
         self.confusion: np.ndarray | None = None  # of the last call
         self.iteration: int | None = None         # of the last call
@@ -203,7 +211,7 @@ class Validation:
     def __call__(self, net: nn.Module, iteration: int, meta: Mapping[str, object], log: Log) -> None:
         judged = self.judged(net)
         self.confusion = score(judged, self.data.validation, self.size, self.pixels, len(self.data.classes), self.run,
-                               align_corners=self.align_corners, workers=self.workers)
+                               workers=self.workers, **self.how)
         self.iteration, miou = iteration, 100 * mean_iou(self.confusion)
         if self.best is None or miou > self.best["mIoU"]:
             self.best = {"mIoU": miou, "iteration": iteration}
@@ -214,7 +222,7 @@ class Validation:
                      f"{self.best['iteration']})")
         if self.run.is_main and self.most:
             pictures({"prediction": judged}, self.data, self.size, self.pixels, self.most,
-                     self.folder / "pictures" / f"{iteration}.png", self.run, align_corners=self.align_corners)
+                     self.folder / "pictures" / f"{iteration}.png", self.run, **self.how)
 
     def report(self) -> None:
         """Print the table of the last evaluation, and last and best."""

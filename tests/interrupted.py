@@ -20,7 +20,8 @@ from torch import nn
 from lib import checkpoint
 from lib import run as running
 
-STEP = {"train_adaptsegnet": "adapt_backward"}  # the function of each script that computes an iteration
+# the function of each script that computes an iteration
+STEP = {"train_adaptsegnet": "adapt_backward", "train_pixel_assoc": "backward"}
 
 
 class TinyNet(nn.Module):
@@ -42,7 +43,7 @@ class TinyNet(nn.Module):
 
 def shrink(script) -> None:
     """Give the script networks of a few parameters."""
-    script.build = lambda model, classes, *_: TinyNet(classes)
+    script.build = lambda model, classes, *_, **named: TinyNet(classes)
     if hasattr(script, "FCDiscriminator"):
         script.FCDiscriminator = functools.partial(script.FCDiscriminator, ndf=4)
 

@@ -1,7 +1,8 @@
 """DeepLab-v2 networks at output stride 8, with the state-dict names of the files that users have.
 
 Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and Fully
-Connected CRFs" (TPAMI 2018), in the form that Tsai et al. (CVPR 2018) released for ResNet-101 and VGG-16.
+Connected CRFs" (TPAMI 2018), in the forms that Tsai et al. (CVPR 2018) released for ResNet-101 and VGG-16 and Kang et
+al. (NeurIPS 2020) for ResNet-101.
 """
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib import ops
 
 ASPP_RATES = (6, 12, 18, 24)
 
@@ -197,14 +201,51 @@ class DeeplabVGG(nn.Module):
         return (fc7, logits) if return_features else logits
 
 
-MODELS = {"DeeplabMulti": DeeplabMulti, "Deeplab": Deeplab, "DeeplabVGG": DeeplabVGG}
+class SummedConvs(nn.Module):
+    """ASPP of four rates without biases, under the names of pixel-level cycle association's release."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate, bias=False))
+            for rate in ASPP_RATES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(conv(x) for conv in self.convs)
+
+
+class DeeplabPixelAssoc(nn.Module):
+    """DeepLab-v2 of pixel-level cycle association: ``backbone``, ``classifier`` on layer4; all BN layers train."""
+
+    head_names = ("classifier",)
+
+    def __init__(self, num_classes: int, arch: str = "resnet101", stride_on: str = "1x1"):
+        super().__init__()
+        self.backbone = DilatedResNet(arch, stride_on)
+        self.classifier = nn.Sequential(SummedConvs(self.backbone.channels[1], num_classes))
+        _init_released(self)
+
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x [N, 3, H, W] -> logits [N, classes, h, w]; with features: (layer4, logits)."""
+        layer4 = self.backbone.features(x)[1]
+        logits = self.classifier(layer4)
+        return (layer4, logits) if return_features else logits
+
+
+MODELS = {"DeeplabMulti": DeeplabMulti, "Deeplab": Deeplab, "DeeplabVGG": DeeplabVGG,
+          "DeeplabPixelAssoc": DeeplabPixelAssoc}
 
 
 def build(model: str, num_classes: int, arch: str = "resnet101", aspp: str = "released",
           stride_on: str = "1x1") -> nn.Module:
-    """The network called ``model`` in MODELS; ``arch`` and ``stride_on`` concern the ResNets only."""
+    """The network called ``model`` in MODELS; ``arch`` and ``stride_on`` concern the ResNets only.
+
+    DeeplabPixelAssoc has one head, of four rates, whatever ``aspp`` says.
+    """
     if model == "DeeplabVGG":
         return DeeplabVGG(num_classes, aspp)
+    if model == "DeeplabPixelAssoc":
+        return DeeplabPixelAssoc(num_classes, arch, stride_on)
     return MODELS[model](num_classes, arch, aspp, stride_on)
 
 
@@ -236,3 +277,17 @@ def named_groups(net: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
 def logits_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The main logits of any of these networks' outputs."""
     return output if isinstance(output, torch.Tensor) else output[-1]
+
+
+def aggregated_probabilities(net: nn.Module, x: Tensor, alpha: float = 0.5) -> Tensor:
+    """Class probabilities [N, classes, h, w] with spatial aggregation at test time (Kang et al. 2020, section 3.3).
+
+    Features are mixed with what similar pixels of the same image hold (cosine), classified by the main head, and the
+    probabilities mixed likewise (Kullback-Leibler); alpha is the aggregate's share. float32, or float64 as ``net``.
+    """
+    features = net(x, return_features=True)[0]
+    dtype = features.dtype
+    work = dtype if dtype == torch.float64 else torch.float32
+    features = ops.spatial_aggregate(features.to(work), "cos", alpha).to(dtype)
+    logits = getattr(net, net.head_names[-1])(features)
+    return ops.spatial_aggregate(F.softmax(logits.to(work), dim=1), "kl", alpha)

@@ -1,0 +1,234 @@
+"""train_pixel_assoc.py as its user runs it: every variant, what it writes, and every way it can be stopped."""
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from interrupted import TinyNet
+from PIL import Image
+from scripts import ENVIRONMENT, assert_same_end, execute, interrupted, logged, message, render, training
+
+import train_pixel_assoc as script
+from lib import checkpoint, ops
+from lib.models.deeplab import build
+from lib.run import Run
+
+SCRIPT = "train_pixel_assoc.py"
+ONE = Run(torch.device("cpu"), 0, 1, "off")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    return render(tmp_path_factory.mktemp("pixel_assoc") / "pair")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Snapshots of some hundred MB, not kept."""
+    yield tmp_path / "run"
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def arguments(pair: Path, folder: Path, *more: str) -> list[str]:
+    return training(pair, folder, "--batch-size", "1", "--iter-size", "1", *more)
+
+
+SOURCE = ["loss_ce", "loss_lovasz"]
+BOTH = [*SOURCE, *(f"{term}_{of}" for of in ("feat", "cls") for term in ("loss_asso", "kept", "cover")), "loss_lsr_s",
+        "loss_lsr_t"]
+VARIANTS = {
+    "both domains": ([], BOTH),
+    "source only": (["--source-only"], SOURCE),
+    "crops, two pairs, two passes": (["--resize-short", "50,60", "--crop-size", "56,40", "--batch-size", "2",
+                                      "--iter-size", "2", "--test-size", "64,48"], BOTH),
+    "bf16": (["--amp", "bf16"], BOTH),
+    "other choices": (["--lambda-lovasz", "0", "--lambda-lsr", "0.1", "--lsr-threshold", "0", "--alpha", "0.2",
+                       "--no-aggregate", "--bn-stats", "target", "--pixels", "imagenet", "--deterministic",
+                       "--no-random-mirror", "--num-workers", "1", "--lr-mult-classifier", "10"],
+                      [k for k in BOTH if k != "loss_lovasz"]),
+    "different sizes": (["--input-size-target", "80,56"], BOTH),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_steps(pair, folder, variant):
+    flags, losses = VARIANTS[variant]
+    given = arguments(pair, folder)
+    if "--crop-size" in flags:  # the fixed sizes would take its place
+        for flag in ("--input-size", "--input-size-target"):
+            del given[given.index(flag):given.index(flag) + 2]
+    done = execute(SCRIPT, *given, *flags)
+    lines = logged(folder, "loss_ce")
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert all(line.keys() == {"iteration", "lr", *losses} for line in lines), lines
+    assert all(0 <= line[key] <= 1 for line in lines for key in losses if key.startswith(("kept", "cover")))
+    weights, meta = checkpoint.read_weights(folder / "GTA5_2.pth")
+    known = checkpoint.recognise(weights)
+    assert (known["model"], known["arch"], meta["align_corners"]) == ("DeeplabPixelAssoc", "resnet18", False)
+    assert {p.name for p in folder.iterdir()} == {"GTA5_2.pth", "best.pth", "log.jsonl", "resume.pth"}
+    assert "target mIoU: last" in done.stdout
+
+
+def test_epochs_count_the_target_set(pair, folder):
+    """4 target images in steps of 2: 2 steps an epoch."""
+    given = arguments(pair, folder, "--batch-size", "2", "--epochs", "2", "--epochs-stop", "1", "--source-only")
+    del given[given.index("--num-steps"):given.index("--num-steps") + 2]
+    done = execute(SCRIPT, *given)
+    assert "0 to 2 of 4, 2 an epoch" in done.stdout and len(logged(folder, "loss_ce")) == 2
+    assert logged(folder, "lr")[1]["lr"] == pytest.approx(2.5e-4 * 0.75 ** 0.9)
+    assert "raise --num-steps or --epochs" in message(execute(SCRIPT, *given, "--epochs-stop", "3", code=2), SCRIPT)
+
+
+def test_pictures_of_associations(pair, folder):
+    execute(SCRIPT, *arguments(pair, folder, "--save-num-images", "2"))
+    with Image.open(folder / "pictures/2_associations.png") as image:
+        assert image.size == (2 * 64 + 4, 2 * 48 + 4)
+    assert 0 <= logged(folder, "right_associations")[0]["right_associations"] <= 1
+
+
+def test_the_share_of_right_associations():
+    """On the same image with the same label every pixel finds itself, so all are right; shifted classes: none."""
+    torch.manual_seed(0)
+    net = build("DeeplabPixelAssoc", 3, "resnet18").eval()
+    x = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        features = net(x, return_features=True)[0]
+    y = script.downsample(torch.randint(3, (1, 48, 64)), features.shape[2:])
+    found = ops.cycle_association_loss(features, features, y, alpha=0.0)
+    assert found.selected.all() and torch.equal(found.forward[0], torch.arange(y.numel()))
+    assert script.coverage(found.forward, y.numel()) == 1
+    assert script.coverage(torch.zeros(1, 5, dtype=torch.long), 10).item() == pytest.approx(0.1)
+
+
+def test_a_source_batch_without_labels():
+    """Every term on labels is 0, nothing crashes, gradients stay finite."""
+    torch.manual_seed(0)
+    net = build("DeeplabPixelAssoc", 4, "resnet18").train()
+    x = torch.randn(1, 3, 48, 64)
+    values = script.backward(net, x, torch.full((1, 48, 64), 255), x, script.Weights(), ONE, iter_size=1)
+    assert all(values[key] == 0 for key in ("loss_ce", "loss_lovasz", "loss_asso_feat", "loss_asso_cls", "kept_feat"))
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_initial_weights_of_any_network(pair, folder):
+    """Backbones of AdaptSegNet's files fit; a head of another layout does not, and the report says so."""
+    folder.mkdir(parents=True)
+    torch.save(build("Deeplab", 14, "resnet18").state_dict(), folder.parent / "w.pth")
+    done = execute(SCRIPT, *arguments(pair, folder, "--restore-from", str(folder.parent / "w.pth"), "--source-only"))
+    assert "100.0 % of the backbone" in done.stdout and "classifier.0.convs.0.0" in done.stdout
+
+
+def test_script_and_lib_alone_in_an_empty_folder(pair, folder):
+    alone = folder.parent / "alone"
+    shutil.copytree(ROOT / "lib", alone / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / SCRIPT, alone)
+    done = subprocess.run([sys.executable, SCRIPT, *arguments(pair, folder)], cwd=alone, env=ENVIRONMENT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len(logged(folder, "loss_ce")) == 2
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------------
+
+STEPS = ["--num-steps", "6", "--save-pred-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    interrupted(SCRIPT, *arguments(pair, folder, *STEPS))
+    return logged(folder), checkpoint.load(folder / "resume.pth"), {p.name for p in folder.iterdir()}
+
+
+MOMENTS = {"step:2": 0, "log:5": 2, "write GTA5_4.pth:1": 2, "write resume.pth:3": 4}  # and what resume.pth holds then
+
+
+@pytest.mark.parametrize("when, saved", MOMENTS.items())
+def test_sigkill_and_resume_end_as_if_nothing_had_happened(pair, folder, uninterrupted, when, saved):
+    given = arguments(pair, folder, *STEPS)
+    interrupted(SCRIPT, *given, at=when, code=-signal.SIGKILL)
+    assert (checkpoint.load(folder / "resume.pth")["iteration"] if saved else 0) == saved
+    resumed = interrupted(SCRIPT, *given, "--resume")
+    assert (f"resumed at iteration {saved}" if saved else "starting at the beginning") in resumed
+    assert_same_end(folder, uninterrupted)
+
+
+def test_a_signal_saves_and_leaves(pair, folder, uninterrupted):
+    given = arguments(pair, folder, *STEPS, "--num-workers", "1")
+    text = interrupted(SCRIPT, *given, at="step:3", by="SIGTERM", code=128 + signal.SIGTERM)
+    assert f"stopped at iteration 3; --resume goes on from {folder / 'resume.pth'}" in text and "Traceback" not in text
+    interrupted(SCRIPT, *given, "--resume")
+    assert_same_end(folder, uninterrupted)
+
+
+def test_fp16_scales_its_losses(pair, folder, monkeypatch):
+    """In this process, with a network of a few parameters: fp16 convolutions crawl on a CPU."""
+    factors, original = [], script.backward
+
+    def backward(*given, scale, **named):
+        factors.append(scale(torch.ones(())).item())
+        return original(*given, scale=scale, **named)
+
+    monkeypatch.setitem(ops._state, "mode", "reference")
+    monkeypatch.setenv("SEGADAPT_OPS", "reference")
+    monkeypatch.setattr(script, "build", lambda model, classes, *_, **named: TinyNet(classes))
+    monkeypatch.setattr(script, "backward", backward)
+    assert script.main(arguments(pair, folder, "--amp", "fp16", "--no-aggregate")) == 0
+    assert factors[0] == 2 ** 16 and len(logged(folder, "loss_asso_cls")) == 2
+
+
+def test_two_processes_compute_what_one_does_with_the_whole_batch(pair, folder):
+    """With fixed BN statistics and without L_lovasz, which is no mean over pixels; the halves' label counts differ."""
+    halved = folder.parent / "pair"
+    shutil.copytree(pair, halved)
+    for n in (1, 3, 4):
+        path = halved / f"gta5/labels/{n:05}.png"
+        label = Image.open(path)
+        label.paste(0, (0, 0, 64, 12 * n - 8))  # void
+        label.save(path)
+    flags = ["--lambda-lovasz", "0", "--num-steps", "3", "--freeze-bn"]
+    one, two = folder / "one", folder / "two"
+    execute(SCRIPT, *arguments(halved, one, *flags, "--batch-size", "2"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
+    done = subprocess.run([*torchrun, *arguments(halved, two, *flags)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 pairs a step = 1 x 2 processes x 1 passes" in done.stdout and done.stdout.count("device ") == 1
+    for a, b in zip(logged(two), logged(one), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:  # an argmax of an untrained network is decided by rounding, soon
+            if a["iteration"] == 1 or key in ("loss_ce", "loss_lsr_s", "loss_lsr_t", "lr"):
+                assert a[key] == pytest.approx(b[key], rel=1e-5), (a["iteration"], key)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
+    done = execute(SCRIPT, *arguments(pair, folder, "--num-steps", "9", "--source-only", "--save-pred-every", "1",
+                                      "--learning-rate", "1e20", "--eval-every", "9"), code=2)
+    text = message(done, SCRIPT)
+    assert "loss_ce is " in text and f"Last good checkpoint: {folder / 'resume.pth'}" in text
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data-dir", "nowhere"], "nowhere"),
+    (["--restore-from", "nowhere.pth"], "nowhere.pth does not exist"),
+    (["--val-set", "train"], "stand in both"),
+    (["--num-classes", "99"], "99"),
+    (["--num-steps-stop", "5"], "raise --num-steps"),
+])
+def test_a_message_before_training(pair, folder, flags, words):
+    assert words in message(execute(SCRIPT, *arguments(pair, folder, *flags), code=2), SCRIPT)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("flags", [["--alpha", "2"], ["--resize-short", "9,8"], ["--input-size", "64,48"],
+                                   ["--epochs", "0"], ["--random-seed", "-1"], ["--crop-size", "0,1"]])
+def test_flags_that_make_no_sense(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.parse_args(flags)
+    assert error.value.code == 2 and flags[0] in capsys.readouterr().err
