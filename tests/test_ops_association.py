@@ -73,6 +73,28 @@ def test_mutual_argmax(mode, size, kind, device):
         check_exact(b, a, col_index, col_value)
 
 
+def test_the_papers_size(compiled):
+    """92 x 92 pixels against 92 x 90, with duplicates: exact indices; the loss on probabilities and its gradients."""
+    a, b = vectors("random", 8464, 19, 1), vectors("duplicates", 8280, 19, 2)
+    found = ops.mutual_argmax(a, b)
+    for x, y, index in ((a, b, found[0]), (b, a, found[2])):
+        for rows in torch.arange(len(x)).split(1024):
+            s = unit(x[rows]) @ unit(y).t()
+            assert (s.gather(1, index[rows, None])[:, 0] >= s.max(1).values - 1e-14).all()
+    x_s, x_t = (x.softmax(1).t().reshape(1, 19, 92, -1) for x in (a, b))
+    y_s = torch.randint(19, (1, 92, 92), generator=torch.Generator().manual_seed(0))
+    results = {}
+    for mode in ("compiled", "reference"):
+        ops.use(mode)
+        inputs = [x.clone().requires_grad_() for x in (x_s, x_t)]
+        loss, kept, _, forward, _ = ops.cycle_association_loss(*inputs, y_s, metric="kl")
+        results[mode] = loss.detach(), kept, forward, *torch.autograd.grad(loss, inputs)
+    ops.use("auto")
+    assert torch.equal(results["compiled"][2], results["reference"][2]) and results["compiled"][1] > 0
+    for got, want in zip(results["compiled"], results["reference"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicates", "ties"])
 def test_tiles_and_threads_do_not_matter(compiled, kind):
     """Several tiles in both directions; the same bits from the reference, from one thread and from two."""

@@ -263,7 +263,7 @@ def test_resume_at_the_end_and_with_other_flags(pair, folder):
 
 def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
     done = execute(SCRIPT, *training(pair, folder, "--num-steps", "9", "--source-only", "--save-pred-every", "1",
-                                     "--sgd", "once", "--learning-rate", "1e20", "--eval-every", "9"), code=2)
+                                     "--learning-rate", "1e20", "--eval-every", "9"), code=2)
     text = message(done, SCRIPT)
     stopped = int(text.split("iteration ")[1].split(":")[0])
     assert 2 <= stopped <= 4 and "loss_seg2 is " in text and "--learning-rate" in text
