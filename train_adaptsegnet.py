@@ -293,7 +293,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
         loaded = checkpoint.load_into(net, weights, heads=not args.not_restore_last, source=args.restore_from)
     affine = args.bn_affine == "train" or (args.bn_affine == "auto" and weights is None)
     set_bn_affine(net, affine)
-    net.to(run.device, memory_format=torch.channels_last)
+    net.to(run.device, memory_format=run.memory_format)
     if run.world > 1 and run.device.type == "cuda" and args.is_training:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     discriminators = {}

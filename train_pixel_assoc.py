@@ -373,7 +373,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
     loaded = "none, random weights (the paper starts from ImageNet: --restore-from imagenet or a file)"
     if weights is not None:
         loaded = checkpoint.load_into(net, weights, heads=not args.not_restore_last, source=args.restore_from)
-    net.to(run.device, memory_format=torch.channels_last)
+    net.to(run.device, memory_format=run.memory_format)
     if run.world > 1 and run.device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     terms = Weights(args.lambda_lovasz, args.lambda_asso, args.lambda_lsr, args.lsr_threshold, args.alpha)
