@@ -1,12 +1,14 @@
 """What the tests of the scripts share: a tiny rendered pair, and the scripts as subprocesses."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from lib import checkpoint
 from lib.datasets.demo import render_demo
@@ -83,3 +85,22 @@ def assert_same_end(folder: Path, uninterrupted) -> None:
     for key in state.keys() - {"arguments"}:
         assert same(ours[key], state[key]), key
     assert {p.name for p in folder.iterdir()} == names
+
+
+def with_voids(pair: Path, copy: Path) -> Path:
+    """A copy of a rendered pair whose source labels hold different shares of void, so that batches split unevenly."""
+    shutil.copytree(pair, copy)
+    for n in (1, 3, 4):
+        path = copy / f"gta5/labels/{n:05}.png"
+        label = Image.open(path)
+        label.paste(0, (0, 0, WIDTH, 12 * n - 8))
+        label.save(path)
+    return copy
+
+
+def torchrun(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a script in two processes to its end."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(ROOT / script), *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done

@@ -3,7 +3,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from scripts import (
     message,
     render,
     same,
+    torchrun,
     training,
+    with_voids,
 )
 
 import train_adaptsegnet as script
@@ -293,19 +294,11 @@ def test_fp16_scales_its_losses(pair, folder, monkeypatch):
 
 def test_two_processes_compute_what_one_does_with_the_whole_batch(pair, folder):
     """The mathematics allows it with fixed BN statistics; the label counts of the halves differ."""
-    halved = folder.parent / "pair"
-    shutil.copytree(pair, halved)
-    for n in (1, 3, 4):
-        path = halved / f"gta5/labels/{n:05}.png"
-        label = Image.open(path)
-        label.paste(0, (0, 0, 64, 12 * n - 8))  # void
-        label.save(path)
+    halved = with_voids(pair, folder.parent / "pair")
     flags = ["--multi-level", "--freeze-bn", "--num-steps", "3", "--random-mirror"]
     one, two = folder / "one", folder / "two"
     execute(SCRIPT, *training(halved, one, *flags, "--batch-size", "2"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
-    done = subprocess.run([*torchrun, *training(halved, two, *flags)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = torchrun(SCRIPT, *training(halved, two, *flags))
     assert "2 pairs a step = 1 x 2 processes x 1 passes" in done.stdout and done.stdout.count("device ") == 1
     ours, theirs = logged(two), logged(one)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]

@@ -10,7 +10,18 @@ import torch
 from conftest import ROOT
 from interrupted import TinyNet
 from PIL import Image
-from scripts import ENVIRONMENT, assert_same_end, execute, interrupted, logged, message, render, training
+from scripts import (
+    ENVIRONMENT,
+    assert_same_end,
+    execute,
+    interrupted,
+    logged,
+    message,
+    render,
+    torchrun,
+    training,
+    with_voids,
+)
 
 import train_pixel_assoc as script
 from lib import checkpoint, ops
@@ -183,19 +194,11 @@ def test_fp16_scales_its_losses(pair, folder, monkeypatch):
 
 def test_two_processes_compute_what_one_does_with_the_whole_batch(pair, folder):
     """With fixed BN statistics and without L_lovasz, which is no mean over pixels; the halves' label counts differ."""
-    halved = folder.parent / "pair"
-    shutil.copytree(pair, halved)
-    for n in (1, 3, 4):
-        path = halved / f"gta5/labels/{n:05}.png"
-        label = Image.open(path)
-        label.paste(0, (0, 0, 64, 12 * n - 8))  # void
-        label.save(path)
+    halved = with_voids(pair, folder.parent / "pair")
     flags = ["--lambda-lovasz", "0", "--num-steps", "3", "--freeze-bn"]
     one, two = folder / "one", folder / "two"
     execute(SCRIPT, *arguments(halved, one, *flags, "--batch-size", "2"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
-    done = subprocess.run([*torchrun, *arguments(halved, two, *flags)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = torchrun(SCRIPT, *arguments(halved, two, *flags))
     assert "2 pairs a step = 1 x 2 processes x 1 passes" in done.stdout and done.stdout.count("device ") == 1
     for a, b in zip(logged(two), logged(one), strict=True):
         assert a.keys() == b.keys()
