@@ -511,12 +511,17 @@ def reconstructions(net: nn.Module, gen: nn.Module, data: Pair, size_s: tuple[in
     visual.panel(rows, ["source", "G(F(source))", "target", "G(F(target))"], min(max(size_s[0], 192), 480)).save(path)
 
 
-def groups(net: nn.Module) -> list[dict]:
-    """F's parameters: biases of convolutions at twice the rate; what does not train is left out."""
+def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: str, lr: float, lr_gan: float,
+                    beta1: float, beta1_gan: float, momentum: float,
+                    weight_decay: float) -> dict[nn.Module, torch.optim.Optimizer]:
+    """F and C: biases of convolutions at twice the rate, what does not train left out. G and D (``others``): Adam."""
     biases = {id(m.bias) for m in net.modules() if isinstance(m, nn.Conv2d)}
     trained = [p for p in net.parameters() if p.requires_grad]
-    return [dict(params=[p for p in trained if id(p) not in biases], lr_mult=1.0),
-            dict(params=[p for p in trained if id(p) in biases], lr_mult=2.0)]
+    groups = [dict(params=[p for p in trained if id(p) not in biases], lr=lr, lr_mult=1.0),
+              dict(params=[p for p in trained if id(p) in biases], lr=2 * lr, lr_mult=2.0)]
+    first = torch.optim.Adam(groups, betas=(beta1, 0.999), weight_decay=weight_decay) if optimizer == "Adam" else \
+        torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay)
+    return {net: first, **{m: torch.optim.Adam(m.parameters(), lr_gan, (beta1_gan, 0.999)) for m in others}}
 
 
 class Outcome(NamedTuple):
@@ -577,13 +582,9 @@ def train(args: argparse.Namespace) -> Outcome | int:
     modules = [module for module in (net, gen, dis) if module is not None]
 
     # optimisers
-    if args.optimizer == "Adam":
-        optimizer = torch.optim.Adam(groups(net), args.learning_rate, (args.beta1, 0.999),
-                                     weight_decay=args.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(groups(net), args.learning_rate, args.momentum, weight_decay=args.weight_decay)
-    optimizers = {net: optimizer, **{m: torch.optim.Adam(m.parameters(), args.lr_gan, (args.beta1_gan, 0.999))
-                                     for m in modules[1:]}}
+    optimizers = make_optimizers(net, modules[1:], optimizer=args.optimizer, lr=args.learning_rate, lr_gan=args.lr_gan,
+                                 beta1=args.beta1, beta1_gan=args.beta1_gan, momentum=args.momentum,
+                                 weight_decay=args.weight_decay)
     scaler = run.scaler()
 
     def step(module: nn.Module) -> None:
@@ -666,7 +667,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
         for i in range(first, args.num_steps):
             epoch = i * args.batch_size * run.world // len(data.source)
             lr = args.learning_rate * (0.1 ** (epoch // args.lr_epochs) if args.lr_epochs else 1.0)
-            for group in optimizer.param_groups:
+            for group in optimizers[net].param_groups:
                 group["lr"] = lr * group["lr_mult"]
             # dropout masks that a resumed run repeats, and that differ between processes
             torch.manual_seed(int(np.random.SeedSequence([args.random_seed, i, run.rank]).generate_state(1)[0]))

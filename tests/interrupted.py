@@ -20,7 +20,8 @@ from torch import nn
 from lib import checkpoint
 from lib import run as running
 
-STEP = {"train_adaptsegnet": "adapt_backward"}  # the function of each script that computes an iteration
+# the function of each script that computes an iteration
+STEP = {"train_adaptsegnet": "adapt_backward", "train_gan_da": "update"}
 
 
 class TinyNet(nn.Module):
@@ -42,6 +43,8 @@ class TinyNet(nn.Module):
 
 def shrink(script) -> None:
     """Give the script networks of a few parameters."""
+    if script.__name__ == "train_gan_da":
+        return  # has --width
     script.build = lambda model, classes, *_: TinyNet(classes)
     if hasattr(script, "FCDiscriminator"):
         script.FCDiscriminator = functools.partial(script.FCDiscriminator, ndf=4)
