@@ -108,7 +108,7 @@ def test_what_a_run_writes_and_prints(pair, folder):
     assert (meta["iteration"], meta["pixels"], meta["width"], len(meta["classes"])) == (3, "caffe", 1 / 32, 14)
     FCN8s(14, 1 / 32).load_state_dict(weights)
     script.Discriminator(14, 1 / 32).load_state_dict(torch.load(folder / "GTA5_3_D.pth"))
-    for fact in ("device     cpu, 1 thread", "precision  float32", "kernels    reference", "none, random weights",
+    for fact in ("device      cpu, 1 thread", "precision   float32", "kernels     reference", "none, random weights",
                  "fcn8s vgg16, 14 classes, width 0.03125, padding same",
                  "LSD, order recomputed, sum, weights l1 1, adv 0.1, c 0.1",
                  "5 images of gta5 at (64, 48), crops (40, 24)", "4 images of demo", "2 images of demo",
@@ -171,8 +171,8 @@ def test_same_padding_computes_the_released_network(pair):
     same.load_state_dict(released.state_dict())
     x = torch.randn(1, 3, 196, 260) * 50
     with torch.no_grad():
-        # 100 = 12 * 8 + 4: an image moved by 4 pixels stands on the released grid of pool3 where x stands on its own
-        a = released.features(torch.nn.functional.pad(x, (4, 0, 4, 0)))[2]
+        # conv1_1 moves the image by 99 = 13 * 8 - 5 pixels: 5 more, and it stands on the grid of pool3 as x does
+        a = released.features(torch.nn.functional.pad(x, (5, 0, 5, 0)))[2]
         b = same.features(x)[2]
     torch.testing.assert_close(a[:, :, 13 + 4:13 + 20, 13 + 4:13 + 28], b[:, :, 4:20, 4:28], rtol=1e-4, atol=1e-4)
 
@@ -212,7 +212,8 @@ def test_without_steps_all_orders_agree(options):
     batch[1][:, :10] = 255
     (losses, grads), (other_losses, other_grads) = gradients(modules, *batch), gradients(modules, *batch, **options)
     assert losses == pytest.approx(other_losses, rel=1e-12) and grads.keys() == other_grads.keys()
-    assert len(grads) == sum(p.requires_grad for m in modules for p in m.parameters())
+    frozen = sum(not p.requires_grad for p in modules[0].parameters())
+    assert frozen == 3 and len(grads) == sum(len(list(m.parameters())) for m in modules) - frozen
     for key, grad in grads.items():
         torch.testing.assert_close(other_grads[key], grad, rtol=1e-9, atol=1e-12)
 
@@ -369,8 +370,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
 # --- several processes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_two_processes_compute_what_one_does_with_the_whole_batch(here, pair, folder, reduction, monkeypatch):
+def test_two_processes_compute_what_one_does_with_the_whole_batch(here, pair, folder):
     """Without dropout, whose masks differ between processes. The label counts of the halves differ."""
     halved = shutil.copytree(pair, folder.parent / "pair")
     for n in (1, 3, 4):
@@ -378,7 +378,7 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(here, pair, fo
         label = Image.open(path)
         label.paste(0, (0, 0, 64, 12 * n - 8))  # void
         label.save(path)
-    flags = ["--dropout", "0", "--num-steps", "3", "--random-mirror", "--reduction", reduction]
+    flags = ["--dropout", "0", "--num-steps", "3", "--random-mirror", "--reduction", "mean", "--optimizer", "SGD"]
     one, two = folder / "one", folder / "two"
     assert script.main(gan(halved, one, *flags, "--batchSize", "2")) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
@@ -390,11 +390,9 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(here, pair, fo
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=1e-4), (a["iteration"], key)
     assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}
-    for name in ("GTA5_3.pth", "GTA5_3_G.pth", "GTA5_3_D.pth"):
-        weights = [checkpoint.read_weights(d / name)[0] for d in (one, two)]
-        for key, value in weights[0].items():
-            # Adam's first steps are as long for tiny gradients, rounding and all, as for others
-            assert (weights[1][key] - value).norm() <= 2e-2 * value.norm() + 1e-3, key
+    weights = [checkpoint.read_weights(d / "GTA5_3.pth")[0] for d in (one, two)]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
 # --- files, flags and mistakes ------------------------------------------------------------------------------------
@@ -427,7 +425,7 @@ def test_evaluate_reads_what_the_run_and_the_release_write(here, pair, folder, c
     torch.save({"epoch": 3, "model_state_dict": state, "optim_state_dict": {}}, folder / "released.pth")
     evaluate.main(["--restore-from", str(folder / "released.pth"), *data, "--data", "cityscapes", "--size", "64,48"])
     out = capsys.readouterr().out
-    assert "FCN8s vgg16, 19 classes" in out and "pixels   caffe" in out and "mean" in out
+    assert "FCN8s vgg16, 19 classes" in out and "pixels     caffe" in out and "mean" in out
     known = checkpoint.recognise(state)
     assert known == {"model": "FCN8s", "arch": "vgg16", "num_classes": 19, "width": 1 / 32}
 
