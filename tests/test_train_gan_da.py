@@ -317,7 +317,7 @@ def uninterrupted(pair, tmp_path_factory):
 
 
 MOMENTS = {  # and the iteration that resume.pth holds then
-    "rename resume.pth:1": 0, "step:4": 2, "write GTA5_4_G.pth:1": 2, "log:8": 4,
+    "rename resume.pth:1": 0, "write GTA5_4_G.pth:1": 2, "log:8": 4,
 }
 
 
