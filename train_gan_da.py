@@ -58,8 +58,9 @@ FREE_ARGUMENTS = {"resume", "num_workers", "num_steps", "save_pred_every", "eval
                   "tensorboard", "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile"}
 # --demo: settings for a narrow FCN-8s from random weights on the rendered pair; any flag given besides wins.
 DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
-            width=0.125, padding="same", input_size=(192, 96), input_size_target=(192, 96), crop_size=(192, 96),
-            snapshot_dir="snapshots/demo_gan", num_steps=1000, learning_rate=1e-3, save_pred_every=1000, num_workers=0)
+            width=0.125, padding="same", input_size=(96, 48), input_size_target=(96, 48), reduction="mean",
+            batch_size=4, num_steps=800, learning_rate=1e-3, lr_gan=5e-4, lr_epochs=10, random_mirror=True,
+            snapshot_dir="snapshots/demo_gan", save_pred_every=800, eval_every=800, num_workers=0)
 
 
 def size(text: str) -> tuple[int, int]:
