@@ -59,7 +59,7 @@ FREE_ARGUMENTS = {"resume", "num_workers", "num_steps", "save_pred_every", "eval
 # --demo: settings for a narrow FCN-8s from random weights on the rendered pair; any flag given besides wins.
 DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
             width=0.125, padding="same", input_size=(96, 48), input_size_target=(96, 48), reduction="mean",
-            batch_size=4, num_steps=800, learning_rate=1e-3, lr_gan=5e-4, lr_epochs=10, random_mirror=True,
+            batch_size=4, num_steps=800, learning_rate=1e-3, lr_g=5e-4, lr_d=1e-4, lr_epochs=10, random_mirror=True,
             snapshot_dir="snapshots/demo_gan", save_pred_every=800, eval_every=800, num_workers=0)
 
 
@@ -126,7 +126,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--optimizer", choices=["Adam", "SGD"], default="Adam", help="of F and C")
     opt.add_argument("--lr", "--learning-rate", dest="learning_rate", type=float, default=1e-5,
                      help="of F and C; biases take twice as much")
-    opt.add_argument("--lr-gan", type=float, default=1e-4, help="of G and D (Adam)")
+    opt.add_argument("--lr-g", type=float, default=1e-4, help="of G (Adam)")
+    opt.add_argument("--lr-d", type=float, default=1e-4, help="of D (Adam)")
     opt.add_argument("--beta1", type=float, default=0.9, help="of F's Adam")
     opt.add_argument("--beta1-gan", type=float, default=0.7, help="of G's and D's Adam")
     opt.add_argument("--momentum", type=float, default=0.9, help="of F's SGD")
@@ -512,17 +513,18 @@ def reconstructions(net: nn.Module, gen: nn.Module, data: Pair, size_s: tuple[in
     visual.panel(rows, ["source", "G(F(source))", "target", "G(F(target))"], min(max(size_s[0], 192), 480)).save(path)
 
 
-def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: str, lr: float, lr_gan: float,
+def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: str, lr: float, lr_g: float, lr_d: float,
                     beta1: float, beta1_gan: float, momentum: float,
                     weight_decay: float) -> dict[nn.Module, torch.optim.Optimizer]:
-    """F and C: biases of convolutions at twice the rate, what does not train left out. G and D (``others``): Adam."""
+    """F and C: biases of convolutions at twice the rate, what does not train left out. ``others``: G, D or nothing."""
     biases = {id(m.bias) for m in net.modules() if isinstance(m, nn.Conv2d)}
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if id(p) not in biases], lr=lr, lr_mult=1.0),
               dict(params=[p for p in trained if id(p) in biases], lr=2 * lr, lr_mult=2.0)]
     first = torch.optim.Adam(groups, betas=(beta1, 0.999), weight_decay=weight_decay) if optimizer == "Adam" else \
         torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay)
-    return {net: first, **{m: torch.optim.Adam(m.parameters(), lr_gan, (beta1_gan, 0.999)) for m in others}}
+    return {net: first, **{m: torch.optim.Adam(m.parameters(), rate, (beta1_gan, 0.999))
+                           for m, rate in zip(others, (lr_g, lr_d), strict=False)}}
 
 
 class Outcome(NamedTuple):
@@ -583,8 +585,8 @@ def train(args: argparse.Namespace) -> Outcome | int:
     modules = [module for module in (net, gen, dis) if module is not None]
 
     # optimisers
-    optimizers = make_optimizers(net, modules[1:], optimizer=args.optimizer, lr=args.learning_rate, lr_gan=args.lr_gan,
-                                 beta1=args.beta1, beta1_gan=args.beta1_gan, momentum=args.momentum,
+    optimizers = make_optimizers(net, modules[1:], optimizer=args.optimizer, lr=args.learning_rate, lr_g=args.lr_g,
+                                 lr_d=args.lr_d, beta1=args.beta1, beta1_gan=args.beta1_gan, momentum=args.momentum,
                                  weight_decay=args.weight_decay)
     scaler = run.scaler()
 

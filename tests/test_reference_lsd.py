@@ -14,8 +14,8 @@ from lib.run import Run
 
 MEAN = torch.tensor(PIXELS["caffe"].mean, dtype=torch.float64).view(3, 1, 1)
 ARGS = script.parse_args([])
-SETTINGS = dict(optimizer=ARGS.optimizer, lr=ARGS.learning_rate, lr_gan=ARGS.lr_gan, beta1=ARGS.beta1,
-                beta1_gan=ARGS.beta1_gan, momentum=ARGS.momentum, weight_decay=ARGS.weight_decay)
+SETTINGS = dict(optimizer=ARGS.optimizer, lr=ARGS.learning_rate, lr_g=ARGS.lr_g, lr_d=ARGS.lr_d,
+                beta1=ARGS.beta1, beta1_gan=ARGS.beta1_gan, momentum=ARGS.momentum, weight_decay=ARGS.weight_decay)
 
 
 @pytest.fixture(scope="module")
