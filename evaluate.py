@@ -31,6 +31,7 @@ from lib.datasets.folder import ImageFolder
 from lib.datasets.transforms import PIXELS, Augment
 from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, MODELS, build
+from lib.models.fcn8s import FCN8s
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
@@ -38,7 +39,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--restore-from", required=True, metavar="FILE", help="checkpoint")
-    p.add_argument("--model", choices=list(MODELS), help="default: recognised by the checkpoint's keys")
+    p.add_argument("--model", choices=[*MODELS, "FCN8s"], help="default: recognised by the checkpoint's keys")
     p.add_argument("--arch", choices=list(ARCHITECTURES), help="default: recognised")
     p.add_argument("--aspp", choices=["released", "full"], help="default: the checkpoint's, else released")
     p.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else caffe")
@@ -100,7 +101,10 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict, check
              **known}
     if args.num_classes not in (None, known["num_classes"]):
         raise UserError(f"--num-classes {args.num_classes}: {args.restore_from} has {known['num_classes']} classes")
-    net = build(known["model"], known["num_classes"], known["arch"], known["aspp"], known["stride_on"])
+    if known["model"] == "FCN8s":
+        net = FCN8s(known["num_classes"], known.get("width", 1.0), known.get("padding", "released"))
+    else:
+        net = build(known["model"], known["num_classes"], known["arch"], known["aspp"], known["stride_on"])
     report = checkpoint.load_into(net, weights, source=args.restore_from)
     if report.missing or report.mismatched:
         raise UserError(f"{args.restore_from} does not fill the network: {report}. Is --model or --arch wrong?")
@@ -153,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     running.header(run, {
         "kernels": ops.backend(),
-        "network": f"{known['model']} {known['arch']}, {len(classes)} classes, ASPP {known['aspp']}",
+        "network": f"{known['model']} {known['arch']}, {len(classes)} classes"
+                   + f", ASPP {known['aspp']}" * (known["model"] != "FCN8s"),
         "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
         "images": f"{len(images)} of {args.images or data.name} at {size}, {'labelled' if labelled else 'no labels'}",
         "scales": f"{args.scales}{', mirrored too' * args.flip}"

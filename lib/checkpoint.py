@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lib.datasets.description import load_description
 from lib.errors import UserError
+from lib.models.fcn8s import from_vgg16
 
 CONTAINERS = ("state_dict", "model_state_dict", "weights", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "Scale.")
@@ -74,13 +75,13 @@ def save_weights(net: nn.Module, path: Path, meta: Mapping[str, object]) -> None
     save(state, path)
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+def read_weights(path: str | Path, fcn: bool = False) -> tuple[dict[str, Tensor], dict]:
     """(state dict under our names, meta) of a weight file in any dialect.
 
     Understood: plain state dicts; dicts that hold one under a key of CONTAINERS (net: our resume.pth); the
     prefixes module., Scale. and _orig_mod.; torchvision's ResNet and VGG-16 (recognised by their linear classifier,
-    dropped here; meta then says pixels "imagenet" and, for a ResNet, stride_on "3x3"); the release of pixel-level cycle
-    association, whose classes are put in Cityscapes' order.
+    dropped here, or with ``fcn`` made fc6 and fc7 of FCN-8s; meta then says pixels "imagenet" and, for a ResNet,
+    stride_on "3x3"); the release of pixel-level cycle association, whose classes are put in Cityscapes' order.
     Raises UserError when the file holds no tensors.
     """
     state, container = load(path), None
@@ -98,34 +99,40 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
                 key = key[len(prefix):]
             weights[key] = value
     if "fc.weight" in weights or "classifier.6.weight" in weights:
-        return from_torchvision(weights)
+        return from_torchvision(weights, fcn)
     if "classifier.0.convs.0.0.weight" in weights and container in ("weights", "model_state_dict") and not meta:
         return from_pixel_assoc(weights)
     return weights, meta
 
 
-def initial_weights(restore_from: str | None, arch: str) -> tuple[dict[str, Tensor] | None, dict]:
+def initial_weights(restore_from: str | None, arch: str, fcn: bool = False) -> tuple[dict[str, Tensor] | None, dict]:
     """(weights, meta) of a file, of torchvision's ImageNet weights ("imagenet"; fetched once), or (None, {}) for None.
 
-    arch: "resnet18", "resnet50", "resnet101" or "vgg16". Raises UserError where the weights cannot be had.
+    arch: "resnet18", "resnet50", "resnet101" or "vgg16"; fcn: VGG-16 for FCN-8s, not for DeepLab. Raises UserError
+    where the weights cannot be had.
     """
     if restore_from is None:
         return None, {}
     if restore_from != "imagenet":
-        return read_weights(restore_from)
+        return read_weights(restore_from, fcn)
     try:
         from torchvision.models import get_model_weights
         state = get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # a torchvision that does not fit torch raises RuntimeError at import
         raise UserError(f"--restore-from imagenet: torchvision could not give the weights of {arch} ({error}). Install "
                         "the torchvision that fits your torch, go online once, or give a downloaded file") from None
-    return from_torchvision(state)
+    return from_torchvision(state, fcn)
 
 
-def from_torchvision(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """torchvision's ResNet or VGG-16 under our names, without its linear classifier, and its conventions."""
+def from_torchvision(weights: Mapping[str, Tensor], fcn: bool = False) -> tuple[dict[str, Tensor], dict]:
+    """torchvision's ResNet or VGG-16 under our names, without its linear classifier, and its conventions.
+
+    fcn: VGG-16 under the names of FCN8s, whose fc6 and fc7 come from the classifier.
+    """
     if "fc.weight" in weights:
         return {k: v for k, v in weights.items() if not k.startswith("fc.")}, {"pixels": "imagenet", "stride_on": "3x3"}
+    if fcn:
+        return from_vgg16(weights), {"pixels": "imagenet"}
     renamed = {}
     for key, value in weights.items():
         if not key.startswith("classifier."):
@@ -147,10 +154,13 @@ def from_pixel_assoc(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
-    """Model name, depth and class count of a DeepLab state dict, from its keys and shapes.
+    """Model name, depth and class count of a DeepLab or FCN-8s state dict, from its keys and shapes.
 
-    Raises UserError when it is none of the networks of lib.models.deeplab.
+    Raises UserError when it is none of the networks of lib.models.
     """
+    if "upscore8.weight" in weights and "conv1_1.weight" in weights:
+        return {"model": "FCN8s", "arch": "vgg16", "num_classes": weights["upscore8.weight"].shape[0],
+                "width": weights["fc7.weight"].shape[0] / 4096 if "fc7.weight" in weights else 1.0}
     heads = {"layer6.conv2d_list.0.weight": "DeeplabMulti", "layer5.conv2d_list.0.weight": "Deeplab",
              "classifier.conv2d_list.0.weight": "DeeplabVGG", "classifier.0.convs.0.0.weight": "DeeplabPixelAssoc"}
     for key, model in heads.items():
@@ -162,7 +172,7 @@ def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
             return {"model": model, "arch": arch, "num_classes": weights[key].shape[0], **only}
     some = ", ".join(list(weights)[:4])
     raise UserError(f"no segmentation network is recognised by these keys: {some}, ... "
-                    f"(known heads: {', '.join(heads)})")
+                    f"(known heads: {', '.join(heads)}, upscore8.weight)")
 
 
 @dataclass

@@ -237,17 +237,18 @@ def compare(source_only: tuple[nn.Module, np.ndarray], adapted: tuple[nn.Module,
     """Print the score tables of a source-only and an adapted network side by side and draw their label maps.
 
     Each comes with its confusion matrix. The adapted network may use the target's images, so its BN statistics may be
-    those of the target (bn_stats "target"); what that alone does for the source-only network stands between the two.
+    those of the target (bn_stats "target"); what that alone does for a source-only network with BN stands between the
+    two.
     """
     def with_target(net: nn.Module) -> nn.Module:
         return reestimate_bn(net, data.target.images, size, pixels, run, workers)
 
-    middle = with_target(source_only[0])
-    nets = {"source only": source_only[0], "source, target BN": middle,
-            "adapted": with_target(adapted[0]) if bn_stats == "target" else adapted[0]}
-    confusion = score(middle, data.validation, size, pixels, len(data.classes), run, workers=workers,
-                      align_corners=align_corners)
-    print(iou_table(data.classes, {"source only": source_only[1], "source, target BN": confusion,
-                                   "adapted": adapted[1]}))
+    nets, tables = {"source only": source_only[0]}, {"source only": source_only[1]}
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in source_only[0].modules()):
+        middle = nets["source, target BN"] = with_target(source_only[0])
+        tables["source, target BN"] = score(middle, data.validation, size, pixels, len(data.classes), run,
+                                            workers=workers, align_corners=align_corners)
+    nets["adapted"], tables["adapted"] = with_target(adapted[0]) if bn_stats == "target" else adapted[0], adapted[1]
+    print(iou_table(data.classes, tables))
     pictures(nets, data, size, pixels, 6, report, run, align_corners=align_corners)
     print(f"pictures: {report}")

@@ -21,7 +21,7 @@ from lib import checkpoint
 from lib import run as running
 
 # the function of each script that computes an iteration
-STEP = {"train_adaptsegnet": "adapt_backward", "train_pixel_assoc": "backward"}
+STEP = {"train_adaptsegnet": "adapt_backward", "train_pixel_assoc": "backward", "train_gan_da": "update"}
 
 
 class TinyNet(nn.Module):
@@ -43,6 +43,8 @@ class TinyNet(nn.Module):
 
 def shrink(script) -> None:
     """Give the script networks of a few parameters."""
+    if script.__name__ == "train_gan_da":
+        return  # has --width
     script.build = lambda model, classes, *_, **named: TinyNet(classes)
     if hasattr(script, "FCDiscriminator"):
         script.FCDiscriminator = functools.partial(script.FCDiscriminator, ndf=4)

@@ -127,3 +127,18 @@ def test_to_image_is_the_inverse(pixels):
     x = to_tensor(image, pixels)
     assert x.dtype == torch.float32 and x.is_contiguous()
     assert np.array_equal(to_image(x, pixels), image)
+
+
+def test_a_crop_is_cut_at_random_from_the_resized_image():
+    """Image and label at one place, which the generator chooses; with random scale too."""
+    label = np.arange(20, dtype=np.uint8)[:, None] * 10 + np.arange(10, dtype=np.uint8)
+    image = Image.fromarray(np.repeat(label[..., None], 3, 2))
+    places = set()
+    for seed in range(20):
+        x, y = Augment((10, 20), "caffe", crop=(4, 3))(image, label, np.random.default_rng(seed))
+        assert x.shape == (3, 3, 4) and y.shape == (3, 4)
+        assert torch.equal((x[0] + PIXELS["caffe"].mean[0]).round().long(), y)
+        places.add(int(y[0, 0]))
+    assert len(places) > 10
+    x, y = Augment((10, 20), "caffe", True, crop=(4, 3))(image, label, np.random.default_rng(0))
+    assert x.shape == (3, 3, 4) and y.shape == (3, 4)

@@ -78,8 +78,8 @@ def crop_or_pad(image: Tensor, label: Tensor, size: tuple[int, int], corner: tup
 class Augment:
     """Resize to ``size`` (width, height); optionally scale by 0.5..1.5 (then crop or pad back) and mirror (p = 0.5).
 
-    Called with (image, label or None, generator) it gives (float32 [3, H, W], int64 [H, W]); without a label the
-    second is all ``ignore``.
+    crop: (width, height) to cut out at random in the end. Called with (image, label or None, generator) it gives
+    (float32 [3, H, W], int64 [H, W]); without a label the second is all ``ignore``.
     """
 
     size: tuple[int, int]
@@ -87,6 +87,7 @@ class Augment:
     random_scale: bool = False
     random_mirror: bool = False
     ignore: int = 255
+    crop: tuple[int, int] | None = None
 
     def __call__(self, image: Image.Image, label: np.ndarray | None,
                  rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -101,8 +102,8 @@ class Augment:
         if label is None:
             label = np.full((size[1], size[0]), self.ignore, np.uint8)
         y = torch.from_numpy(label.astype(np.int64))
-        if self.random_scale:
-            x, y = crop_or_pad(x, y, self.size, tuple(rng.random(2)), self.ignore)
+        if self.random_scale or self.crop:
+            x, y = crop_or_pad(x, y, self.crop or self.size, tuple(rng.random(2)), self.ignore)
         return x, y
 
 
