@@ -10,11 +10,13 @@ F embeds an image, C labels its pixels, G draws the image back from the embeddin
 drawn (four classes a patch), and labels source images. F learns C's task, and embeddings from which G draws source
 images that D takes for real target images, and the reverse (table 1). An iteration updates D, then G, then F with C:
 
-    --order recomputed (default): each with the weights just updated, as a GAN is written down. Passes are repeated only
-        where weights changed: F runs once an image, G twice (before and after its step), D on four images for itself,
-        then on the two drawn ones for G and again for F. --low-memory runs F a second time, with dropout masks of its
-        own, instead of holding its activations while D and G are updated.
-    --order gradients_before_steps: one pass of everything, all gradients with the old weights, then the three steps.
+    --order recomputed (default): each with the weights just updated, as a GAN is written down, and with a third less
+        memory than the others (README.md). Passes are repeated only where weights changed: F runs once an image, G
+        twice (before and after its step), D on four images for itself, then on the two drawn ones for G and again for
+        F. --low-memory runs F a second time, with dropout masks of its own, instead of holding its activations while D
+        and G are updated.
+    --order gradients_before_steps: one pass of everything, all gradients with the old weights, then the three steps;
+        a fifth faster.
     --order released: one pass of everything, but a step behind each gradient, so that the later backward passes combine
         new weights with old activations. The release did that, on a PyTorch that let it pass.
 
@@ -49,9 +51,9 @@ from lib.models.fcn8s import FCN8s, scaled
 from lib.run import full
 
 SOURCE_REAL, SOURCE_FAKE, TARGET_REAL, TARGET_FAKE = range(4)  # D's domain classes
-# l1, adv, c for each reduction. sum: published, a sum over D's patches against the one mean of L1. mean: the same terms
-# as averages over pixels and patches; measured on small images (README.md), the published ratios would be (1 / number
-# of D's patches, 0.1 / 64, 0.1 / 64).
+# l1, adv, c for each reduction. sum: published, sums over pixels and patches against the one mean of L1. mean: averages
+# of every term, with weights that let L1 shape G and D reach F within a short training from random weights (not tuned);
+# the published ratios would be (1 / number of D's patches, 0.1 / 64, 0.1 / 64).
 WEIGHTS = {"sum": (1.0, 0.1, 0.1), "mean": (10.0, 0.1, 0.1)}
 # Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
 FREE_ARGUMENTS = {"resume", "num_workers", "num_steps", "save_pred_every", "eval_every", "log_every", "log_dir",
