@@ -33,10 +33,10 @@ class Views(NamedTuple):
 class ViewSet(Dataset):
     """The images of a list, resized to ``size`` times each of ``scales``.
 
-    size: (width, height), or a height alone, to which the width follows in proportion.
+    size: (width, height), a height alone, to which the width follows in proportion, or None for that of the file.
     """
 
-    def __init__(self, images: Sequence[Path], size: tuple[int, int] | int, pixels: str,
+    def __init__(self, images: Sequence[Path], size: tuple[int, int] | int | None, pixels: str,
                  scales: Sequence[float] = (1.0,)):
         self.images, self.size, self.pixels, self.scales = list(images), size, pixels, scales
 
@@ -45,8 +45,8 @@ class ViewSet(Dataset):
 
     def __getitem__(self, index: int) -> Views:
         image = read_image(self.images[index])
-        width, height = self.size if isinstance(self.size, tuple) else \
-            (image.width * self.size / image.height, self.size)
+        size = self.size or image.size
+        width, height = size if isinstance(size, tuple) else (image.width * size / image.height, size)
         tensors = [to_tensor(resize(image, None, (round(width * s), round(height * s)))[0], self.pixels)
                    for s in self.scales]
         return Views(tensors, np.array(image), index)
@@ -79,7 +79,7 @@ def prepare(net: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool =
 
 
 @torch.no_grad()
-def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int], pixels: str, run: Run,
+def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int] | None, pixels: str, run: Run,
                   workers: int = 0) -> nn.Module:
     """A copy of ``net`` whose BN statistics are the plain averages over the given images (labels play no part).
 
