@@ -29,9 +29,9 @@ import argparse
 import copy
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -39,14 +39,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from lib import checkpoint, ops, predict, visual
+from lib import checkpoint, ops, predict, rounds, visual
 from lib import run as running
 from lib.datasets.demo import render_demo
-from lib.datasets.description import Description, label_table, load_description
-from lib.datasets.folder import ImageFolder, Pair, endless, open_pair, outlive_stop
-from lib.datasets.transforms import PIXELS, to_tensor
+from lib.datasets.description import label_table, load_description, written_values
+from lib.datasets.folder import ImageFolder, Pair, endless, open_pair
+from lib.datasets.transforms import PIXELS, random_crop
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou, per_class_iou
 from lib.models.deeplab import ARCHITECTURES, MODELS, build, logits_of, set_bn_affine, set_train_mode
@@ -228,7 +228,7 @@ def soft_label(p: Tensor, thresholds: Tensor, alpha: float) -> tuple[Tensor, Ten
     return ratio / z.clamp(min=torch.finfo(p.dtype).tiny), z > 1
 
 
-def spatial_prior(labels: Iterator[np.ndarray], classes: int, size: tuple[int, int]) -> np.ndarray:
+def spatial_prior(labels: Iterable[np.ndarray], classes: int, size: tuple[int, int]) -> np.ndarray:
     """q float32 [C, H, W] in 0..1: how often each class covers each pixel of the labels, smoothed (a Gaussian).
 
     labels: class indices uint8, resized to ``size`` = (height, width) here; values from C on do not count.
@@ -316,48 +316,6 @@ def self_training_backward(net: nn.Module, x: Tensor, label: Tensor, on_target: 
 # --- training data of a round -----------------------------------------------------------------------------------------
 
 
-class Crop(NamedTuple):
-    """What augment returns; rows and cols are the places in the label file of the crop's pixels."""
-
-    image: Tensor     # float32 [3, h, w]
-    label: Tensor     # int64 [h, w]
-    rows: np.ndarray  # int64, at most h
-    cols: np.ndarray  # int64, at most w
-
-
-def augment(image: Image.Image, label: np.ndarray, rng: np.random.Generator, *, working: tuple[int, int] | None,
-            crop: tuple[int, int], pixels: str, scale: bool, mirror: bool, mine: Sequence[int] = (),
-            mine_chance: float = 0.0) -> Crop:
-    """A training crop (width, height) of an image of the ``working`` size (None: its own) at a random scale.
-
-    With chance ``mine_chance``, where the label holds a class of ``mine``, one such class and one of its pixels are
-    drawn, and the crop is centred there, shifted back inside. Images smaller than the crop are padded.
-    """
-    factor = rng.integers(5, 16) / 10 if scale else 1.0
-    w, h = (max(1, round(n * factor)) for n in working or image.size)
-    (height, width), (cw, ch) = label.shape, crop
-    room_x, room_y = max(w - cw, 0), max(h - ch, 0)
-    x, y = rng.integers(room_x + 1), rng.integers(room_y + 1)
-    held = [c for c in mine if (label == c).any()]
-    if held and rng.random() < mine_chance:
-        place = rng.choice(np.flatnonzero(label == rng.choice(held)))
-        x = np.clip(round((place % width + 0.5) * w / width - cw / 2), 0, room_x)
-        y = np.clip(round((place // width + 0.5) * h / height - ch / 2), 0, room_y)
-    n, m = min(cw, w), min(ch, h)
-    step_x, step_y = image.width / w, image.height / h
-    picture = image.resize((n, m), Image.Resampling.BICUBIC,
-                           box=(x * step_x, y * step_y, min((x + n) * step_x, image.width),
-                                min((y + m) * step_y, image.height)))
-    rows = ((np.arange(y, y + m) + 0.5) * height / h).astype(np.int64)
-    cols = ((np.arange(x, x + n) + 0.5) * width / w).astype(np.int64)
-    content = to_tensor(picture, pixels)
-    if mirror and rng.random() < 0.5:
-        content, cols = content.flip(2), cols[::-1].copy()
-    out = torch.full((ch, cw), IGNORE, dtype=torch.int64)
-    out[:m, :n] = torch.from_numpy(label[rows[:, None], cols].astype(np.int64))
-    return Crop(F.pad(content, (0, cw - n, 0, ch - m)), out, rows, cols)
-
-
 def probabilities_at(logits: Tensor, size: tuple[int, int], rows: np.ndarray, cols: np.ndarray,
                      prior: Tensor | None = None) -> Tensor:
     """Probabilities [C, rows, cols] at some rows and columns of a label map (height, width), as lib.ops has them.
@@ -405,13 +363,13 @@ class RoundSet(Dataset):
         rng, on_target = np.random.default_rng([*self.seed, draw]), index >= len(self.chosen)
         folder, index = (self.target, index - len(self.chosen)) if on_target else (self.source, self.chosen[index])
         image, label = folder.read(index)
-        found = augment(image, label, rng, working=self.sizes[on_target], **self.crop,
+        found = random_crop(image, label, rng, working=self.sizes[on_target], **self.crop,
                         mine=self.mine if on_target else (), mine_chance=self.mine_chance)
         y = found.label
         if self.soft is not None:
             logits, thresholds, alpha, prior = self.soft
             kept = y != IGNORE
-            soft = F.one_hot(y * kept, len(thresholds)).permute(2, 0, 1).float()
+            soft = torch.zeros(len(thresholds), *y.shape).scatter_(0, (y * kept)[None], 1.0)
             if on_target:
                 held = torch.from_numpy(np.load(logits / f"{index}.npy"))
                 p = probabilities_at(held, label.shape, found.rows, found.cols, prior)
@@ -420,201 +378,29 @@ class RoundSet(Dataset):
         return Sample(found.image, y, float(on_target), folder.images[index].stem)
 
 
-# --- pseudo-labels on disk --------------------------------------------------------------------------------------------
-
-
-def label_values(d: Description) -> tuple[list[int], int]:
-    """(the value written for each class of a data set, the value for unlabelled pixels).
-
-    They are the data set's own ids and, where 0 is none of them, 0; where it is, the set's lowest void id, so that its
-    description reads the files as they are. A data set whose labels are colours gets 8-bit class indices.
-    """
-    if d.encoding == "rgb":
-        return list(range(len(d.classes))), IGNORE
-    taken = {i for ids in d.ids for i in ids}
-    free = [0, *sorted(d.void), IGNORE, *range(256)]
-    return [ids[0] for ids in d.ids], next(v for v in free if v not in taken)
-
-
-def write_description(d: Description, folder: ImageFolder, labels: Path, set_: str, path: Path) -> None:
-    """A description of the pseudo-labelled images for --source of any script, and the list of them beside it."""
-    ids, unlabelled = label_values(d)
-    values = {"name": d.name, "root": str(folder.root.resolve()), "images": d.images,
-              "labels": f"{labels.resolve()}/{PurePosixPath(d.images).with_suffix('.png')}",
-              "list": f"{labels.resolve().parent}/{{set}}.txt", "sets": {"train": set_, "val": set_},
-              "size": list(d.size), "encoding": "ids" if d.encoding == "rgb" else d.encoding, "ignore": d.ignore,
-              "void": sorted({unlabelled} if d.encoding == "rgb" else d.void | {unlabelled}),
-              "classes": [{"name": n, "color": c, "ids": [i] if d.encoding == "rgb" else list(all_)} for n, c, i, all_
-                          in zip(d.classes, d.palette.tolist(), ids, d.ids, strict=True)],
-              "subsets": {k: list(v) for k, v in d.subsets.items()}, "maps": dict(d.maps)}
-    lines = [image.relative_to(folder.root).as_posix() for image in folder.images]
-    write_text(path.with_name(f"{set_}.txt"), "\n".join(lines) + "\n")
-    write_text(path, json.dumps(values, indent=1) + "\n")
-
-
-def label_file(labels: Path, folder: ImageFolder, index: int) -> Path:
-    """Below ``labels`` as the image lies below its root."""
-    return labels / folder.images[index].relative_to(folder.root).with_suffix(".png")
-
-
-def write_image(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, compress_level=1)
-
-
-def write_text(path: Path, text: str) -> None:
-    """To a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.tmp")
-    new.write_text(text)
-    os.replace(new, path)
-
-
-# --- passes over images -----------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """What the passes of a round have counted, in a file from which the round can go on.
-
-    Each process counts its share of the images. ``save`` merges: the counts of all processes move to the first one.
-    """
-
-    def __init__(self, path: Path, run: running.Run, counts: dict[str, Tensor], every: int,
-                 stop: running.StopRequest):
-        self.path, self.run, self.counts, self.every, self.stop = path, run, counts, every, stop
-        self.stage, self.position, self.left = 0, 0, False
-        if path.exists():
-            state = checkpoint.load(path)
-            self.stage, self.position = state["stage"], state["position"]
-            for name, (places, values) in state["counts"].items() if run.is_main else ():
-                counts[name].view(-1)[places.to(run.device)] = values.to(run.device)
-
-    def save(self) -> None:
-        for count in self.counts.values():
-            total = self.run.sum(count)
-            count.copy_(total if self.run.is_main else torch.zeros_like(total))
-        if self.run.is_main:
-            places = {name: count.view(-1).nonzero()[:, 0] for name, count in self.counts.items()}
-            checkpoint.save({"stage": self.stage, "position": self.position, "counts": {
-                name: (at.cpu(), self.counts[name].view(-1)[at].cpu()) for name, at in places.items()}}, self.path)
-        self.run.barrier()
-
-    def sweep(self, stage: int, length: int, load: Callable[[list[int]], Iterator]) -> Iterator[tuple[int, object]]:
-        """(index, item) of this process's share of ``length`` images; nothing for a stage that is over.
-
-        ``left`` is set where a signal asks the run to leave. load: indices -> their items in order.
-        """
-        if stage < self.stage or self.left:
-            return
-        world, rank = self.run.world, self.run.rank
-        rounds = range(self.position, -(-length // world))
-        items = iter(load([i for i in (n * world + rank for n in rounds) if i < length]))
-        for n in rounds:
-            if n * world + rank < length:
-                yield n * world + rank, next(items)
-            self.position = n + 1
-            self.left = self.run.any(self.stop.signal is not None)
-            if self.left or self.position % self.every == 0:
-                self.save()
-            if self.left:
-                return
-        self.stage, self.position = stage + 1, 0
-        self.save()
-
-
-def load_views(views: Dataset, indices: Sequence[int], workers: int) -> DataLoader:
-    return DataLoader(views, None, sampler=indices, num_workers=workers, worker_init_fn=outlive_stop,
-                      generator=torch.Generator())
-
-
-def logits_of_images(net: nn.Module, views: predict.ViewSet, indices: Sequence[int], run: running.Run, *, flip: bool,
-                     workers: int, cache: dict, room: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """((height, width) of the file, logits [1 or 2, C, h, w]: of the image and its mirror image) of each index.
-
-    cache: holds what was computed before, and gets more while it has under ``room`` bytes.
-    """
-    items = iter(load_views(views, [i for i in indices if i not in cache], workers))
-    for index in indices:
-        if index not in cache:
-            item = next(items)
-            x = item.tensors[0][None].to(run.device, memory_format=torch.channels_last)
-            with torch.no_grad(), run.autocast():
-                logits = torch.cat([logits_of(net(v)) for v in ((x, x.flip(3)) if flip else (x,))]).float()
-            found = tuple(item.image.shape[:2]), logits
-            if (len(cache) + 1) * logits.nbytes > room:
-                yield found
-                continue
-            cache[index] = found
-        yield cache[index]
-
-
 def soft_selection(logits: Tensor, size: tuple[int, int], thresholds: Tensor, alpha: float,
                    prior: Tensor | None) -> Tensor:
     """LRENT's hard form: argmax_c p_c / t_c, 255 where soft_label does not select; uint8 [H, W]."""
     bands = []
-    for rows in np.array_split(np.arange(size[0]), -(-size[0] // 64)):  # all rows at once need a softmax map
+    for rows in np.array_split(np.arange(size[0]), -(-size[0] // 64)):  # all rows at once would be a softmax map
         p = probabilities_at(logits, size, rows, np.arange(size[1]), prior)
         label = (p / thresholds[:, None, None]).argmax(0)
         bands.append(label.where(soft_label(p, thresholds, alpha)[1], IGNORE).to(torch.uint8))
     return torch.cat(bands)
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
+def require_diverse(pixels: Tensor, classes: Sequence[str], most: float, r: int, good: str) -> None:
+    """Stop where one class has over ``most`` of all predicted pixels [C] of the network entering round r.
 
-
-def round_table(report: Mapping) -> str:
-    """One line a class: threshold, share of the predicted and of the labelled pixels, IoU of the scored network."""
-    names = list(report["predicted"])
-    predicted, labelled = sum(report["predicted"].values()), max(sum(report["labelled"].values()), 1)
-    width = max(map(len, names))
-    lines = [f"{'':{width}}  threshold  predicted %  labelled %    IoU"]
-    for name in names:
-        iou = (report.get("iou") or {}).get(name)
-        lines.append(f"{name:{width}}  {report['thresholds'][name]:9.4f}  "
-                     f"{100 * report['predicted'][name] / predicted:11.2f}  "
-                     f"{100 * report['labelled'][name] / labelled:10.2f}  "
-                     f"{'' if iou is None else format(100 * iou, '5.1f'):>5}".rstrip())
-    return "\n".join(lines)
-
-
-def draw_labels(data: Pair, labelled: ImageFolder, most: int, path: Path) -> None:
-    """Panels [image, pseudo-label, truth where it is on disk] of ``most`` images; training never opens that truth."""
-    rows, truth = [], None
-    if data.task.labels is not None:
-        truth = ImageFolder(data.task, data.target.root, data.target.set, data.classes, None)
-        truth = dict(zip(truth.images, truth.labels, strict=True)), truth
-    for index in np.unique(np.linspace(0, len(labelled) - 1, min(most, len(labelled))).astype(int)).tolist():
-        image, label = labelled.read(index)
-        row = [image, visual.colour_map(label, data.palette)]
-        if truth is not None:
-            known = truth[0].get(labelled.images[index])
-            there = known is not None and known.is_file()
-            row.append(visual.colour_map(truth[1].truth(truth[1].images.index(labelled.images[index])), data.palette)
-                       if there else Image.new("RGB", image.size, visual.PALE))
-        rows.append(row)
-    width = min(max(rows[0][0].width, 256), 480)
-    captions = ["image", "pseudo-label", "truth"][:len(rows[0])]
-    key = visual.legend(data.classes, data.palette, len(captions) * (width + 4) - 4)
-    visual.panel(rows, captions, width, key=key).save(path)
-
-
-def write_rounds(reports: Sequence[Mapping], folder: Path) -> None:
-    """rounds.jsonl, one line a round, and rounds.png, its curves."""
-    lines = []
-    for report in reports:
-        line = {"iteration": report["round"]}
-        if report.get("mIoU") is not None:
-            line["mIoU"] = report["mIoU"]
-        if "predicted" in report:
-            line |= {"target portion": report["target_portion"], "labelled share": report["labelled_share"],
-                     "largest class": max(report["predicted"].values()) / sum(report["predicted"].values())}
-        line |= {f"IoU {name}": 100 * v for name, v in (report.get("iou") or {}).items() if v is not None}
-        lines.append(line)
-    write_text(folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    keys = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "iteration"]
-    if keys:
-        visual.curves(folder / "rounds.jsonl", keys, folder / ".rounds.png")
-        os.replace(folder / ".rounds.png", folder / "rounds.png")
+    good: the last good checkpoint. Raises UserError.
+    """
+    share = pixels.double() / pixels.sum()
+    if share.max() > most:
+        what, hint = ("the network to start from", "Try") if r == 0 else \
+            (f"the network trained in round {r - 1}", f"Last good checkpoint: {good}. Try a lower --learning-rate or")
+        raise UserError(f"round {r}: {what} has collapsed: {100 * share.max():.1f} % of the pixels are "
+                        f"'{classes[int(share.argmax())]}' (--collapse {most}). {hint} another BN mode (--is-training, "
+                        "--bn-stats target) and the --pixels that the network was trained with")
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -641,128 +427,137 @@ def open_data(args: argparse.Namespace) -> Pair:
     return data
 
 
+def open_prior(args: argparse.Namespace, data: Pair, folder: Path, run: running.Run) -> Tensor | None:
+    """The prior [C, H, W] at the size of the target's files, built once into ``folder``. Raises UserError."""
+    if not args.spatial_prior:
+        return None
+    with Image.open(data.target.images[0]) as image:
+        shape = image.height, image.width
+    path = folder / "prior.npz" if args.spatial_prior == "build" else Path(args.spatial_prior)
+    if args.spatial_prior == "build" and run.is_main and not (args.resume and path.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        labels = (data.source.truth(i) for i in range(len(data.source)))
+        np.savez_compressed(folder / ".prior.npz", prior_array=spatial_prior(labels, len(data.classes), shape))
+        os.replace(folder / ".prior.npz", path)
+    run.barrier()
+    prior = torch.from_numpy(load_prior(path, len(data.classes)))
+    if prior.shape[1:] != shape:
+        raise UserError(f"--spatial-prior {path} is {prior.shape[2]}x{prior.shape[1]}, but the target's images are "
+                        f"{shape[1]}x{shape[0]}: build one for them with --spatial-prior build")
+    return prior
+
+
 def train(args: argparse.Namespace) -> Outcome | int:
     """One run; returns its outcome, or an exit code when it was asked to leave early."""
     run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
+
+    # data
     data = open_data(args)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
         return 0
-    classes, palette = data.classes, data.palette
-    size_s, size_t = args.input_size, args.input_size_target
-    folder, resume_file = Path(args.snapshot_dir), Path(args.snapshot_dir) / "resume.pth"
+    classes, c = data.classes, len(data.classes)
+    folder = Path(args.snapshot_dir)
+    resume_file = folder / "resume.pth"
+    if resume_file.exists() and not args.resume:
+        raise UserError(f"{folder} holds an earlier run: --resume goes on with it; else choose another --snapshot-dir")
 
-    # the network and its conventions
+    # the network, with the conventions it was trained with
     weights, meta = checkpoint.read_weights(args.restore_from)
     known = {"aspp": "full", "pixels": "imagenet", "stride_on": "1x1", **checkpoint.recognise(weights), **meta}
     known |= {key: getattr(args, key) for key in ("model", "arch", "aspp", "pixels") if getattr(args, key)}
-    if known["num_classes"] != len(classes) or known.get("classes", list(classes)) != list(classes):
-        raise UserError(f"{args.restore_from} tells {known['num_classes']} classes apart, not the {len(classes)} of "
-                        f"this run ({', '.join(classes)}): choose --source, --target and --num-classes to fit")
-    net = build(known["model"], len(classes), known["arch"], known["aspp"], known["stride_on"])
-    report = checkpoint.load_into(net, weights, floor=1.0, source=args.restore_from)
-    if report.missing or report.mismatched:
-        raise UserError(f"{args.restore_from} does not fill the network: {report}. Is --model or --arch wrong?")
-    pixels, loaded = known["pixels"], f"{args.restore_from}: {report}"
+    if known["num_classes"] != c or known.get("classes", list(classes)) != list(classes):
+        raise UserError(f"{args.restore_from} tells {known['num_classes']} classes apart, not the {c} of this run "
+                        f"({', '.join(classes)}): choose --source, --target and --num-classes to fit")
+    net, pixels = build(known["model"], c, known["arch"], known["aspp"], known["stride_on"]), known["pixels"]
+    loaded = checkpoint.load_into(net, weights, source=args.restore_from)
+    if loaded.missing or loaded.mismatched:
+        raise UserError(f"{args.restore_from} does not fill the network: {loaded}. Is --model or --arch wrong?")
+    loaded = f"{args.restore_from}: {loaded}"
     set_bn_affine(net, args.bn_affine == "train")
     net.to(run.device, memory_format=torch.channels_last)
     if run.world > 1 and run.device.type == "cuda" and args.is_training:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     scaler = run.scaler()
+    prior = open_prior(args, data, folder, run)
+    prior_here = None if prior is None else prior.to(run.device)
 
     def new_optimizer() -> torch.optim.Optimizer:
         return deeplab_sgd(net, args.sgd, args.learning_rate, args.momentum, args.weight_decay)
 
-    def sampled(r: int) -> list[int]:
+    def chosen_in(r: int) -> list[int]:
         share = portion(args.init_src_port, args.src_port_step, args.max_src_port, r)
         return source_sample(len(data.source), share, args.random_seed, r, args.src_sampling_policy)
 
     def steps_of(r: int) -> int:
-        return max(1, args.epr * (len(sampled(r)) + len(data.target)) // (args.batch_size * run.world))
+        return max(1, args.epr * (len(chosen_in(r)) + len(data.target)) // (args.batch_size * run.world))
 
-    def first_step(r: int) -> int:
+    def steps_before(r: int) -> int:
         return sum(map(steps_of, range(r)))
 
-    # resume
+    # resume; a round's stages are "label" (with its own progress.pth) and "train"
     optimizer = new_optimizer()
     arguments = {**{k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}, "nproc_per_node": run.world}
-    arguments = json.loads(json.dumps(arguments))  # as they come back
-    state = {"round": 0, "stage": "label", "iteration": 0, "reports": [], "confusion": None}
-    everything = net, [], [optimizer], scaler
-    if resume_file.exists() and not args.resume:
-        raise UserError(f"{folder} holds an earlier run: --resume goes on with it; else choose another --snapshot-dir")
-    going_on = args.resume and resume_file.exists()
+    arguments = json.loads(json.dumps(arguments))  # lists for tuples, as they come back
+    first, stage, first_step, reports, confusion = 0, "label", 0, [], None
+    going_on = resume_file.exists()
     if going_on:
-        state = checkpoint.load_resume(resume_file, *everything, arguments, FREE_ARGUMENTS)
-        loaded = f"resumed in round {state['round']}, {state['stage']}" + f" step {state['iteration']}" * bool(
-            state["iteration"])
+        state = checkpoint.load_resume(resume_file, net, [], [optimizer], scaler, arguments, FREE_ARGUMENTS)
+        first, stage, first_step, reports, confusion = (
+            state[k] for k in ("round", "stage", "iteration", "reports", "confusion"))
+        if stage == "train" and "thresholds" not in reports[-1] and first < args.num_rounds - 1:
+            stage, reports = "label", reports[:-1]  # it ended here, with fewer --num-rounds
+            if run.is_main and (folder / str(first)).exists():
+                os.replace(folder / str(first), folder / f"{first}.partial")
+        loaded = f"resumed in round {first}, {stage}" + f", step {first_step}" * (stage == "train")
     elif args.resume:
         run.say(f"note: there is no {resume_file} yet: starting at the beginning")
-    total = first_step(args.num_rounds - 1)
 
-    # the spatial prior, at the size of the target's files
-    prior = None
-    if args.spatial_prior:
-        with Image.open(data.target.images[0]) as image:
-            shape = image.height, image.width
-        path = folder / "prior.npz" if args.spatial_prior == "build" else Path(args.spatial_prior)
-        if args.spatial_prior == "build" and not (going_on and path.exists()):
-            built = spatial_prior((data.source.truth(i) for i in range(len(data.source))), len(classes), shape) \
-                if run.is_main else None
-            if run.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
-                new = path.with_name(".prior.npz")
-                np.savez_compressed(new, prior_array=built)
-                os.replace(new, path)
-            run.barrier()
-        prior = torch.from_numpy(load_prior(path, len(classes)))
-        if prior.shape[1:] != shape:
-            raise UserError(f"--spatial-prior {path} is of size {prior.shape[2]}x{prior.shape[1]}, but the target's "
-                            f"images are {shape[1]}x{shape[0]}: build one for them with --spatial-prior build")
-    prior_here = None if prior is None else prior.to(run.device)
-
-    kld = f"MRKLD {args.mr_weight_kld} (the release's flag for it: {args.mr_weight_kld ** 0.5:.3g})"
+    total = steps_before(args.num_rounds - 1)
+    kld = f"MRKLD with weight {args.mr_weight_kld} (what --mr-weight-kld {args.mr_weight_kld ** 0.5:.3g} did in the " \
+          "release)" if args.mr_weight_kld else ""
     running.header(run, {
         "kernels": ops.backend(), "weights": loaded,
-        "network": f"{known['model']} {known['arch']}, {len(classes)} classes, ASPP {known['aspp']}",
+        "network": f"{known['model']} {known['arch']}, {c} classes, ASPP {known['aspp']}",
         "batch norm": f"weights {'train' if args.bn_affine == 'train' else 'frozen'}, statistics "
-                      f"{'update' if args.is_training else 'frozen'}, {args.bn_stats} when a round begins",
-        "pixels": pixels, "source": f"{len(data.source)} images of {args.source}, {len(sampled(0))} in the first round",
+                      f"{'update' if args.is_training else 'frozen'}"
+                      + ", re-estimated on the target for each round" * (args.bn_stats == "target"),
+        "pixels": pixels, "source": f"{len(data.source)} images of {args.source}, {len(chosen_in(0))} in round 0",
         "target": f"{len(data.target)} images of {args.target} to label",
         "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
         "thresholds": {"cb": "one per class", "global": "one for all classes"}[args.kc_policy]
-                      + f" ({args.kc_value})" + ", spatial prior" * (prior is not None),
-        "losses": ", ".join(["soft labels (LRENT)" if args.lr_weight_ent else "hard labels",
-                             *[kld] * bool(args.mr_weight_kld)]),
+                      + f" ({args.kc_value})" + f", spatial prior {args.spatial_prior}" * (prior is not None),
+        "losses": ", ".join(x for x in ("soft labels (LRENT)" if args.lr_weight_ent else "hard labels", kld) if x),
         "batch": f"{args.batch_size * run.world} images a step = {args.batch_size} x {run.world} processes",
-        "rounds": f"{state['round']} to {args.num_rounds - 1}, {total} steps, SGD {args.sgd}", "output": folder})
+        "rounds": f"{first} to {args.num_rounds - 1}, {total} steps, SGD {args.sgd}", "output": folder})
     if args.compile:
         net.compile()
 
-    with Image.open(data.target.images[0]) as image:
-        working = size_t or image.size
+    size_s, size_t = args.input_size, args.input_size_target
     views_t = predict.ViewSet(data.target.images, size_t, pixels, (args.eval_scale,))
     views_v = None if data.validation is None else \
         predict.ViewSet(data.validation.images, size_t, pixels, args.test_scales)
-    ids, unlabelled = label_values(data.task)
+    with Image.open(data.target.images[0]) as image:
+        shown_size = list(size_t or image.size)
+    ids, unlabelled = written_values(data.task)
     to_ids = np.full(256, unlabelled, np.uint8)
-    to_ids[:len(classes)] = [ids[data.task.classes.index(name)] for name in classes]
+    to_ids[:c] = [ids[data.task.classes.index(name)] for name in classes]
 
     def meta_of(r: int) -> dict[str, object]:
         return {"script": "train_cbst.py", "round": r, "model": known["model"], "arch": known["arch"],
                 "aspp": known["aspp"], "stride_on": known["stride_on"], "pixels": pixels, "task": args.target,
-                "classes": list(classes), "size": list(working), "align_corners": True}
+                "classes": list(classes), "size": shown_size, "align_corners": True}
 
     def save(r: int, stage: str, iteration: int = 0) -> None:
         if run.is_main:
-            checkpoint.save_resume(resume_file, *everything, meta_of(r), round=r, stage=stage, iteration=iteration,
-                                   reports=state["reports"], confusion=state["confusion"], arguments=arguments)
+            checkpoint.save_resume(resume_file, net, [], [optimizer], scaler, meta_of(r), round=r, stage=stage,
+                                   iteration=iteration, reports=reports, confusion=confusion, arguments=arguments)
         run.barrier()
 
-    def begin(r: int) -> None:
-        """The network enters round r: save it as the result of round r - 1, which is complete then."""
+    def enter(r: int) -> None:
+        """The network is what enters round r; as the result of round r - 1 it is saved, then that round is complete."""
         if args.bn_stats == "target":
             net.load_state_dict(predict.reestimate_bn(net, data.target.images, size_t, pixels, run,
                                                       args.num_workers).state_dict())
@@ -770,92 +565,78 @@ def train(args: argparse.Namespace) -> Outcome | int:
             checkpoint.save_weights(net, folder / f"{r - 1}.partial/weights.pth", meta_of(r))
         save(r, "label")
 
-    def complete(r: int) -> None:
-        """Rounds before r are over: their folders get their names."""
-        if run.is_main:
-            for partial in sorted(folder.glob("*.partial")):
-                if int(partial.stem) < r:
-                    shutil.rmtree(partial / "logits", ignore_errors=True)
-                    (partial / "progress.pth").unlink(missing_ok=True)
-                    os.replace(partial, partial.with_suffix(""))
-        run.barrier()
-
-    def good(r: int) -> str:
-        """The weights that entered round r."""
-        return str(folder / f"{r - 1}/weights.pth") if r else args.restore_from
+    def weights_entering(r: int) -> str:
+        return str(folder / f"{r - 1}/weights.pth") if r > 0 else args.restore_from
 
     if not going_on:
-        begin(0)
-        if args.subset is not None and run.is_main:
-            write_text(folder / "subset.txt", "".join(f"{p.relative_to(data.target.root).as_posix()}\n"
-                                                      for p in data.target.images))
+        enter(0)
+    if args.subset is not None and run.is_main:
+        rounds.write_list(data.target.images, data.target.root, folder / "subset.txt")
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = running.Log(run, folder / "log.jsonl", first_step(state["round"]) + state["iteration"], total, tensorboard)
+    log = running.Log(run, folder / "log.jsonl", steps_before(first) + first_step, total, tensorboard)
 
     with running.StopRequest() as stop:
-        for r in range(state["round"], args.num_rounds):
-            complete(r)
-            work, last = folder / f"{r}.partial", r == args.num_rounds - 1
-            labels, final = work / "pseudo_labels", folder / str(r) / "pseudo_labels"
+        for r in range(first, args.num_rounds):
+            if run.is_main:
+                rounds.complete(folder, r, drop=("progress.pth", "logits"))
+            run.barrier()
+            last, work, chosen = r == args.num_rounds - 1, folder / f"{r}.partial", chosen_in(r)
             labelled = copy.copy(data.target)
-            labelled.labels = [label_file(labels, data.target, i) for i in range(len(data.target))]
-            p_t = portion(args.init_tgt_port, args.tgt_port_step, args.max_tgt_port, r)
-            chosen = sampled(r)
+            labelled.labels = [rounds.label_file(work / "pseudo_labels", data.target, i)
+                               for i in range(len(data.target))]
 
-            if state["stage"] == "label":
-                fast, cache, device = predict.prepare(net), {}, run.device
-                c = len(classes)
-                hist, fine = ops.new_histogram(c, device), ops.new_histogram(c, device, fine=True)
-                confusion, counted = (torch.zeros(n, dtype=torch.int64, device=device) for n in ((c, c), (256,)))
-                progress = Progress(work / "progress.pth", run, dict(
-                    hist=hist, fine=fine, confusion=confusion, counted=counted), args.save_pred_every, stop)
-                options = dict(prior=prior_here, ds_rate=args.ds_rate, value=args.kc_value)
-
-                def target_logits(indices: list[int], fast=fast, cache=cache) -> Iterator:
-                    return logits_of_images(fast, views_t, indices, run, flip=args.test_flipping,
-                                            workers=args.num_workers, cache=cache, room=args.cache_mb << 20)
-
-                def load_validation(indices: list[int]) -> Iterator:
-                    return load_views(views_v, indices, args.num_workers)
+            if stage == "label":
+                fast, report = predict.prepare(net), {"round": r}
+                hist, fine = (ops.new_histogram(c, run.device, fine=f) for f in (False, True))
+                scored, counted = (torch.zeros(n, dtype=torch.int64, device=run.device) for n in ((c, c), (256,)))
+                progress = rounds.Progress(work / "progress.pth", run, dict(
+                    hist=hist, fine=fine, scored=scored, counted=counted), args.save_pred_every, stop)
 
                 # the score of the network that enters this round
-                for index, item in progress.sweep(0, 0 if views_v is None else len(views_v), load_validation):
+                load = partial(predict.load_views, views_v, workers=args.num_workers)
+                for index, item in progress.sweep(0, 0 if views_v is None else len(views_v), load):
                     truth = data.validation.truth(index)
-                    label = predict.predict(fast, item.tensors, item.image.shape[1::-1], run,
-                                            flip=args.score_flipping).cpu().numpy()
-                    if truth.shape != label.shape:
-                        label = np.asarray(Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST))
-                    confusion += torch.from_numpy(confusion_matrix(truth, label, c, data.task.ignore)).to(device)
-                report = {"round": r}
+                    label = predict.predict(fast, item.tensors, item.image.shape[1::-1], run, flip=args.score_flipping)
+                    label = Image.fromarray(label.cpu().numpy()).resize(truth.shape[::-1], Image.Resampling.NEAREST)
+                    matrix = confusion_matrix(truth, np.asarray(label), c, data.task.ignore)
+                    scored += torch.from_numpy(matrix).to(run.device)
                 if views_v is not None and not progress.left:
-                    state["confusion"] = run.sum(confusion).cpu()
-                    scored = state["confusion"].numpy()
-                    iou = per_class_iou(scored)
-                    report["mIoU"] = 100 * mean_iou(scored)
-                    report["iou"] = {n: None if np.isnan(v) else float(v) for n, v in zip(classes, iou, strict=True)}
-                    best = max((x["mIoU"] for x in state["reports"]), default=-1.0)
-                    if report["mIoU"] > best and run.is_main:
+                    confusion = run.sum(scored).cpu()
+                    iou = per_class_iou(confusion.numpy())
+                    report |= {"mIoU": 100 * mean_iou(confusion.numpy()),
+                               "iou": {n: None if np.isnan(v) else float(v) for n, v in zip(classes, iou, strict=True)}}
+                    best = max((x["mIoU"] for x in reports), default=None)
+                    if run.is_main and (best is None or report["mIoU"] > best):
                         checkpoint.save_weights(net, folder / "best.pth", {**meta_of(r), "mIoU": report["mIoU"]})
-                    run.say(f"round {r}: target mIoU {report['mIoU']:.2f} (best before {max(best, 0):.2f})")
+                    run.say(f"round {r}: target mIoU {report['mIoU']:.2f}"
+                            + ("" if best is None else f" (best so far {max(best, report['mIoU']):.2f})"))
+                    if last and r:
+                        require_diverse(confusion.sum(0), classes, args.collapse, r, weights_entering(r - 1))
 
-                # Zou et al., algorithm 2: count confidences; the k-th largest of each class; label
+                # Zou et al., algorithm 2: count confidences, take the k-th largest of each class, label
+                to_label = 0 if last else len(views_t)
+                load = partial(predict.image_logits, fast, views_t, run=run, flip=args.test_flipping,
+                               workers=args.num_workers, cache={}, room=args.cache_mb << 20)
+                options = dict(prior=prior_here, ds_rate=args.ds_rate, value=args.kc_value)
+                p_t = portion(args.init_tgt_port, args.tgt_port_step, args.max_tgt_port, r)
+                threshold = partial(ops.select_threshold, portion=p_t, pooled=args.kc_policy == "global")
                 try:
-                    for index, (shape, logits) in progress.sweep(1, 0 if last else len(views_t), target_logits):
-                        require_prior_size(prior, shape, data.target.images[index])
+                    for index, (shape, logits) in progress.sweep(1, to_label, load):
+                        if prior is not None and prior.shape[1:] != shape:
+                            raise UserError(f"{data.target.images[index]} is {shape[1]}x{shape[0]}, the spatial prior "
+                                            f"{prior.shape[2]}x{prior.shape[1]}: target images must have its size")
                         ops.confidence_histogram_(hist, logits[0], shape, flipped=mirrored(logits), **options)
                     if not last and not progress.left:
-                        predicted = ops.predicted_pixels(run.sum(hist))
-                        require_diverse(predicted, classes, args.collapse, r, good)
-                        bins = ops.select_threshold(run.sum(hist), p_t, pooled=args.kc_policy == "global").bins
-                    for _, (shape, logits) in progress.sweep(2, 0 if last else len(views_t), target_logits):
+                        pixels_of = ops.predicted_pixels(run.sum(hist))
+                        require_diverse(pixels_of, classes, args.collapse, r, weights_entering(r - 1))
+                        bins = threshold(run.sum(hist)).bins
+                    for _, (shape, logits) in progress.sweep(2, to_label, load):
                         ops.refine_histogram_(fine, bins, logits[0], shape, flipped=mirrored(logits), **options)
+                    if not last and not progress.left:
+                        found = threshold(run.sum(hist), fine=run.sum(fine))
                 except ValueError as error:
-                    raise UserError(f"round {r}: {error}. Last good checkpoint: {good(max(r - 1, 0))}") from None
-                if not last and not progress.left:
-                    found = ops.select_threshold(run.sum(hist), p_t, fine=run.sum(fine),
-                                                 pooled=args.kc_policy == "global")
-                    rare, mine = rare_classes(predicted, args.rare_cls_num, args.mine_port)
-                for index, (shape, logits) in progress.sweep(3, 0 if last else len(views_t), target_logits):
+                    raise UserError(f"round {r}: {error}. Last good checkpoint: {weights_entering(r - 1)}") from None
+                for index, (shape, logits) in progress.sweep(3, to_label, load):
                     if args.lr_weight_ent:
                         (work / "logits").mkdir(parents=True, exist_ok=True)
                         np.save(work / f"logits/{index}.npy", logits.cpu().numpy())
@@ -864,128 +645,101 @@ def train(args: argparse.Namespace) -> Outcome | int:
                         label = ops.pseudo_label(logits[0], found.value, shape, flipped=mirrored(logits),
                                                  prior=prior_here)
                     label = label.cpu().numpy()
-                    counted += torch.from_numpy(np.bincount(label.ravel(), minlength=256)).to(device)
-                    write_image(Image.fromarray(to_ids[label]), labelled.labels[index])
+                    counted += torch.from_numpy(np.bincount(label.ravel(), minlength=256)).to(run.device)
+                    rounds.write_png(Image.fromarray(to_ids[label]), labelled.labels[index])
                     if args.save_color:
-                        write_image(visual.colour_map(label, palette),
-                                    label_file(work / "pseudo_labels_color", data.target, index))
+                        rounds.write_png(visual.colour_map(label, data.palette),
+                                         rounds.label_file(work / "pseudo_labels_color", data.target, index))
                 if progress.left:
                     log.close()
                     run.say(f"stopped in round {r}; --resume goes on from {folder}")
                     return 128 + (stop.signal or 0)
 
+                # the report
                 if not last:
-                    counts = run.sum(counted)
-
-                    def named(values: Tensor) -> dict[str, float]:
-                        return dict(zip(classes, values.tolist(), strict=False))
-
-                    report |= {
-                        "target_portion": p_t, "source_images": len(chosen), "thresholds": named(found.value),
-                        "selected": named(found.selected), "predicted": named(predicted), "labelled": named(counts),
-                        "labelled_share": float(counts[:c].sum() / counts.sum()),
-                        "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
-                    state["mine"] = mine
-                    if run.is_main:
-                        write_description(data.task, labelled, final, data.target.set, work / "pseudo_labels.json")
-                        # the list of source images, by name: indices mean nothing outside
-                        write_text(work / "source.txt", "".join(
-                            f"{data.source.images[i].relative_to(data.source.root).as_posix()}\n" for i in chosen))
+                    counts, (rare, mine) = run.sum(counted), rare_classes(pixels_of, args.rare_cls_num, args.mine_port)
+                    report |= {"target_portion": p_t, "source_images": len(chosen)}
+                    report |= {key: dict(zip(classes, values.tolist(), strict=True)) for key, values in (
+                        ("thresholds", found.value), ("selected", found.selected), ("predicted", pixels_of),
+                        ("labelled", counts[:c]))}
+                    report |= {"labelled_share": float(counts[:c].sum() / counts.sum()),
+                               "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
                     run.say(f"round {r}: portion {p_t:.3g}, {100 * report['labelled_share']:.1f} % of the pixels "
-                            f"labelled, {len(chosen)} source images, rare: {', '.join(report['rare'])}, "
-                            f"mined: {', '.join(report['mine']) or 'none'}\n{round_table(report)}")
-                state["reports"] = [*state["reports"], report]
+                            f"labelled, {len(chosen)} source images; rare: {', '.join(report['rare']) or 'none'}; "
+                            f"mined: {', '.join(report['mine']) or 'none'}\n{rounds.round_table(report)}")
+                reports = [*reports, report]
                 if run.is_main:
-                    write_text(work / "report.json", json.dumps(report, indent=1) + "\n")
-                    write_rounds(state["reports"], folder)
-                del fast, cache, hist, fine, progress
-                optimizer = new_optimizer()
-                everything = net, [], [optimizer], scaler
-                state["iteration"], state["stage"] = 0, "train"
-                run.barrier()
+                    if not last:
+                        rounds.write_description(labelled, work, folder / str(r))
+                        rounds.write_list([data.source.images[i] for i in chosen], data.source.root,
+                                          work / "source.txt")
+                    rounds.write_text(work / "report.json", json.dumps(report, indent=1) + "\n")
+                    rounds.write_rounds(reports, folder)
+                del fast, hist, fine, load, progress
+                optimizer, first_step = new_optimizer(), 0
                 save(r, "train")
-
             if last:
                 break
+
             # train on the source subset and the pseudo-labels
-            report = state["reports"][r]
-            d = load_description(work / "pseudo_labels.json")
-            labelled.table = label_table(d, classes)
-            labelled.table[labelled.table == d.ignore] = IGNORE
-            labelled.description = d
-            if run.is_main and args.save_num_images and not state["iteration"]:
-                draw_labels(data, labelled, args.save_num_images, work / "pictures.png")
+            report, stage = reports[r], "label"
+            labelled.description = load_description(work / "pseudo_labels.json")
+            labelled.table = label_table(labelled.description, classes)
+            labelled.table[labelled.table == labelled.description.ignore] = IGNORE
+            if run.is_main and args.save_num_images:
+                rounds.draw_labels(data, labelled, args.save_num_images, work / "pictures.png")
             soft = None
             if args.lr_weight_ent:
                 soft = work / "logits", torch.tensor(list(report["thresholds"].values())), args.lr_weight_ent, prior
-            mixed = RoundSet(
-                data.source, chosen, labelled,
-                dict(crop=args.crop_size, pixels=pixels, scale=args.random_scale, mirror=args.random_mirror),
-                (size_s, size_t), [classes.index(n) for n in report["mine"]], args.mine_chance, [args.random_seed, r],
-                soft)
-            batches = endless(mixed, args.batch_size, args.num_workers, seed=args.random_seed * 1000 + r,
-                              start=state["iteration"], rank=run.rank, world=run.world,
-                              pin=run.device.type == "cuda")
+            crop = dict(crop=args.crop_size, pixels=pixels, scale=args.random_scale, mirrored=args.random_mirror)
+            mixed = RoundSet(data.source, chosen, labelled, crop, (size_s, size_t),
+                             [classes.index(name) for name in report["mine"]], args.mine_chance,
+                             (args.random_seed, r), soft)
+            batches = endless(mixed, args.batch_size, args.num_workers, seed=1000 * args.random_seed + r,
+                              start=first_step, rank=run.rank, world=run.world, pin=run.device.type == "cuda")
             set_train_mode(net, freeze_bn=not args.is_training)
-            steps, offset = steps_of(r), first_step(r)
-            for i in range(state["iteration"], steps):
+            steps, offset = steps_of(r), steps_before(r)
+            for i in range(first_step, steps):
                 lr = set_poly_lr(optimizer, args.learning_rate, i, steps, args.power)
                 optimizer.zero_grad()
                 batch = next(batches)
                 losses = self_training_backward(
                     net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
                     mr_weight_kld=args.mr_weight_kld, run=run, scale=scaler.scale)
-                values = run.mean_values({k: v.detach() for k, v in losses.items()})
-                running.require_finite(values, offset + i + 1, batch.name, Path(good(r)))
+                values = run.mean_values({key: loss.detach() for key, loss in losses.items()})
+                running.require_finite(values, offset + i + 1, batch.name, Path(weights_entering(r)))
                 run.average_gradients([net])
                 scaler.step(optimizer)
                 scaler.update()
+
                 done = i + 1
                 log.step()
                 if done % args.log_every == 0 or done == steps:
                     log.losses(offset + done, {"round": r, **values, "lr": lr})
                 leaving = run.any(stop.signal is not None)
-                if done % args.save_pred_every == 0 or leaving:
+                if leaving or done % args.save_pred_every == 0:
                     save(r, "train", done)
                 if leaving:
                     log.close()
                     run.say(f"stopped in round {r} after step {done} of {steps}; --resume goes on from {folder}")
                     return 128 + (stop.signal or 0)
             del batches
-            begin(r + 1)
-            state["stage"], state["iteration"] = "label", 0
-
-    complete(args.num_rounds)
+            enter(r + 1)
+    if run.is_main:
+        rounds.complete(folder, args.num_rounds, drop=("progress.pth", "logits"))
     log.close()
-    if state["confusion"] is not None:
-        run.say(iou_table(classes, {"last": state["confusion"].numpy()}))
-        scores = [x["mIoU"] for x in state["reports"]]
+    if confusion is not None:
+        run.say(iou_table(classes, {"last": confusion.numpy()}))
+        scores = [report["mIoU"] for report in reports]
         run.say(f"target mIoU by round: {', '.join(f'{x:.2f}' for x in scores)}; last {scores[-1]:.2f}, best "
                 f"{max(scores):.2f} (round {int(np.argmax(scores))}, chosen on the validation set)")
     run.barrier()
-    return Outcome(net, data, None if state["confusion"] is None else state["confusion"].numpy(), pixels)
+    return Outcome(net, data, None if confusion is None else confusion.numpy(), pixels)
 
 
 def mirrored(logits: Tensor) -> Tensor | None:
     """The mirror image's logits among [1 or 2, C, h, w]."""
     return logits[1] if len(logits) > 1 else None
-
-
-def require_prior_size(prior: Tensor | None, shape: tuple[int, int], image: Path) -> None:
-    if prior is not None and prior.shape[1:] != shape:
-        raise UserError(f"{image} is {shape[1]}x{shape[0]}, but the spatial prior is {prior.shape[2]}x"
-                        f"{prior.shape[1]}: with a prior all target images need one size")
-
-
-def require_diverse(predicted: Tensor, classes: Sequence[str], most: float, r: int, good: Callable[[int], str]) -> None:
-    """Stop where one class has over ``most`` of all predicted pixels [C]. Raises UserError."""
-    share = predicted.double() / predicted.sum()
-    if share.max() > most:
-        what = "the network to start from" if r == 0 else f"the network trained in round {r - 1}"
-        hint = f"Last good checkpoint: {good(r - 1)}. Try a lower --learning-rate or" if r else "Try"
-        raise UserError(f"round {r}: {what} has collapsed: {100 * share.max():.1f} % of the target's pixels are "
-                        f"'{classes[int(share.argmax())]}' (--collapse {most}). {hint} another BN mode (--is-training, "
-                        "--bn-stats target) and the --pixels the network was trained with")
 
 
 def train_start(args: argparse.Namespace, path: Path) -> None:
@@ -997,7 +751,7 @@ def train_start(args: argparse.Namespace, path: Path) -> None:
     set_bn_affine(net, True)
     set_train_mode(net.to(run.device, memory_format=torch.channels_last))
     optimizer = deeplab_sgd(net, args.sgd, DEMO_START_RATE, args.momentum, args.weight_decay)
-    crop = dict(crop=args.crop_size, pixels=args.pixels, scale=False, mirror=True)
+    crop = dict(crop=args.crop_size, pixels=args.pixels, scale=False, mirrored=True)
     images = RoundSet(data.source, range(len(data.source)), None, crop, (args.input_size, None), (), 0.0,
                       [args.random_seed])
     batches = endless(images, 1, args.num_workers, seed=args.random_seed, rank=run.rank, world=run.world)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lib import checkpoint, ops, visual
 from lib.datasets.description import read_image
-from lib.datasets.folder import ImageFolder, Pair
+from lib.datasets.folder import ImageFolder, Pair, outlive_stop
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou
@@ -98,6 +98,33 @@ def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int] 
         with run.autocast():
             net(views.tensors[0][None].to(run.device))
     return net.eval()
+
+
+def load_views(views: ViewSet, indices: Sequence[int], workers: int) -> DataLoader:
+    """The items of ``indices`` in order; decoding runs ahead in ``workers`` processes, which outlive a stop request."""
+    return DataLoader(views, None, sampler=indices, num_workers=workers, worker_init_fn=outlive_stop,
+                      generator=torch.Generator())
+
+
+def image_logits(net: nn.Module, views: ViewSet, indices: Sequence[int], run: Run, *, flip: bool, workers: int,
+                 cache: dict, room: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """((height, width) of the file, logits float32 [1, C, h, w]) of each index; flip: [2, C, h, w], mirror image too.
+
+    cache: holds what was computed before, and gets more while it has under ``room`` bytes.
+    """
+    items = iter(load_views(views, [i for i in indices if i not in cache], workers))
+    for index in indices:
+        if index not in cache:
+            item = next(items)
+            x = item.tensors[0][None].to(run.device, memory_format=torch.channels_last)
+            with torch.no_grad(), run.autocast():
+                logits = torch.cat([logits_of(net(v)) for v in ((x, x.flip(3)) if flip else (x,))]).float()
+            found = tuple(item.image.shape[:2]), logits.contiguous()
+            if (len(cache) + 1) * logits.nbytes > room:
+                yield found
+                continue
+            cache[index] = found
+        yield cache[index]
 
 
 @torch.inference_mode()
