@@ -323,7 +323,7 @@ def probabilities_at(logits: Tensor, size: tuple[int, int], rows: np.ndarray, co
     logits [1 or 2, C, h, w]: of the image and, if two, of its mirror image, of which the mean is taken.
     """
     def lines(places: np.ndarray, length: int, n: int) -> Tensor:  # interpolation as a matrix [places, n]
-        at = torch.from_numpy(places).double() * (n - 1) / max(length - 1, 1)
+        at = torch.from_numpy(places.copy()).double() * (n - 1) / max(length - 1, 1)
         low = at.floor().clamp(max=max(n - 2, 0)).long()
         matrix = torch.zeros(len(places), n, dtype=torch.float64).scatter_(1, low[:, None], (1 - (at - low))[:, None])
         high = (low + 1).clamp(max=n - 1)
@@ -334,7 +334,7 @@ def probabilities_at(logits: Tensor, size: tuple[int, int], rows: np.ndarray, co
     for image, columns in zip(logits, (cols, width - 1 - cols), strict=False):
         up = lines(rows, height, h) @ image @ lines(columns, width, w).T
         p = p + up.softmax(0) / len(logits)
-    return p if prior is None else p * prior[:, torch.from_numpy(rows)[:, None], torch.from_numpy(cols)]
+    return p if prior is None else p * prior[:, torch.from_numpy(rows.copy())[:, None], torch.from_numpy(cols.copy())]
 
 
 class Sample(NamedTuple):
