@@ -48,7 +48,7 @@ from lib.datasets.description import label_table, load_description, written_valu
 from lib.datasets.folder import ImageFolder, Pair, endless, open_pair
 from lib.datasets.transforms import PIXELS, random_crop
 from lib.errors import UserError
-from lib.metrics import confusion_matrix, iou_table, mean_iou, per_class_iou
+from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou
 from lib.models.deeplab import ARCHITECTURES, MODELS, build, logits_of, set_bn_affine, set_train_mode
 from lib.optim import deeplab_sgd, set_poly_lr
 from lib.run import full
@@ -112,8 +112,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--bn-affine", choices=["train", "frozen"], default="frozen", help="BN weights and biases")
     net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=False,
                      help="BN statistics update while training")
-    net.add_argument("--bn-stats", choices=["running", "target"], default="running",
-                     help="target: each round begins by re-estimating BN statistics on the target")
+    net.add_argument("--bn-stats", choices=["running", "target", "both"], default="running",
+                     help="each round begins by re-estimating BN statistics on the target, or on it and the next "
+                          "round's source images")
     data = p.add_argument_group("data")
     data.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
     data.add_argument("--target", default="cityscapes", help="likewise")
@@ -389,6 +390,17 @@ def soft_selection(logits: Tensor, size: tuple[int, int], thresholds: Tensor, al
     return torch.cat(bands)
 
 
+def score_label(label: Tensor, truth: np.ndarray, classes: int, ignore: int) -> Tensor:
+    """Confusion matrix int64 [C, C] of one predicted label map, at the size of its truth, on the label's device."""
+    resized = Image.fromarray(label.cpu().numpy()).resize(truth.shape[::-1], Image.Resampling.NEAREST)
+    return torch.from_numpy(confusion_matrix(truth, np.asarray(resized), classes, ignore)).to(label.device)
+
+
+def mirrored(logits: Tensor) -> Tensor | None:
+    """The mirror image's logits among [1 or 2, C, h, w]."""
+    return logits[1] if len(logits) > 1 else None
+
+
 def require_diverse(pixels: Tensor, classes: Sequence[str], most: float, r: int, good: str) -> None:
     """Stop where one class has over ``most`` of all predicted pixels [C] of the network entering round r.
 
@@ -523,7 +535,8 @@ def train(args: argparse.Namespace) -> Outcome | int:
         "network": f"{known['model']} {known['arch']}, {c} classes, ASPP {known['aspp']}",
         "batch norm": f"weights {'train' if args.bn_affine == 'train' else 'frozen'}, statistics "
                       f"{'update' if args.is_training else 'frozen'}"
-                      + ", re-estimated on the target for each round" * (args.bn_stats == "target"),
+                      + {"running": "", "target": ", re-estimated on the target for each round",
+                         "both": ", re-estimated on both domains for each round"}[args.bn_stats],
         "pixels": pixels, "source": f"{len(data.source)} images of {args.source}, {len(chosen_in(0))} in round 0",
         "target": f"{len(data.target)} images of {args.target} to label",
         "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
@@ -558,8 +571,9 @@ def train(args: argparse.Namespace) -> Outcome | int:
 
     def enter(r: int) -> None:
         """The network is what enters round r; as the result of round r - 1 it is saved, then that round is complete."""
-        if args.bn_stats == "target":
-            net.load_state_dict(predict.reestimate_bn(net, data.target.images, size_t, pixels, run,
+        if args.bn_stats != "running":
+            images = data.target.images + [data.source.images[i] for i in chosen_in(r)] * (args.bn_stats == "both")
+            net.load_state_dict(predict.reestimate_bn(net, images, size_t, pixels, run,
                                                       args.num_workers).state_dict())
         if run.is_main and r:
             checkpoint.save_weights(net, folder / f"{r - 1}.partial/weights.pth", meta_of(r))
@@ -592,35 +606,32 @@ def train(args: argparse.Namespace) -> Outcome | int:
                 progress = rounds.Progress(work / "progress.pth", run, dict(
                     hist=hist, fine=fine, scored=scored, counted=counted), args.save_pred_every, stop)
 
-                # the score of the network that enters this round
-                load = partial(predict.load_views, views_v, workers=args.num_workers)
-                for index, item in progress.sweep(0, 0 if views_v is None else len(views_v), load):
-                    truth = data.validation.truth(index)
-                    label = predict.predict(fast, item.tensors, item.image.shape[1::-1], run, flip=args.score_flipping)
-                    label = Image.fromarray(label.cpu().numpy()).resize(truth.shape[::-1], Image.Resampling.NEAREST)
-                    matrix = confusion_matrix(truth, np.asarray(label), c, data.task.ignore)
-                    scored += torch.from_numpy(matrix).to(run.device)
-                if views_v is not None and not progress.left:
-                    confusion = run.sum(scored).cpu()
-                    iou = per_class_iou(confusion.numpy())
-                    report |= {"mIoU": 100 * mean_iou(confusion.numpy()),
-                               "iou": {n: None if np.isnan(v) else float(v) for n, v in zip(classes, iou, strict=True)}}
-                    best = max((x["mIoU"] for x in reports), default=None)
-                    if run.is_main and (best is None or report["mIoU"] > best):
-                        checkpoint.save_weights(net, folder / "best.pth", {**meta_of(r), "mIoU": report["mIoU"]})
-                    run.say(f"round {r}: target mIoU {report['mIoU']:.2f}"
-                            + ("" if best is None else f" (best so far {max(best, report['mIoU']):.2f})"))
-                    if last and r:
-                        require_diverse(confusion.sum(0), classes, args.collapse, r, weights_entering(r - 1))
-
-                # Zou et al., algorithm 2: count confidences, take the k-th largest of each class, label
-                to_label = 0 if last else len(views_t)
-                load = partial(predict.image_logits, fast, views_t, run=run, flip=args.test_flipping,
-                               workers=args.num_workers, cache={}, room=args.cache_mb << 20)
-                options = dict(prior=prior_here, ds_rate=args.ds_rate, value=args.kc_value)
-                p_t = portion(args.init_tgt_port, args.tgt_port_step, args.max_tgt_port, r)
-                threshold = partial(ops.select_threshold, portion=p_t, pooled=args.kc_policy == "global")
                 try:
+                    # the score of the network that enters this round
+                    load = partial(predict.load_views, views_v, workers=args.num_workers)
+                    for index, item in progress.sweep(0, 0 if views_v is None else len(views_v), load):
+                        label = predict.predict(fast, item.tensors, item.image.shape[1::-1], run,
+                                                flip=args.score_flipping)
+                        scored += score_label(label, data.validation.truth(index), c, data.task.ignore)
+                    if views_v is not None and not progress.left:
+                        confusion = run.sum(scored).cpu()
+                        report |= {"mIoU": 100 * mean_iou(confusion.numpy()),
+                                   "iou": iou_dict(classes, confusion.numpy())["iou"]}
+                        best = max((x["mIoU"] for x in reports), default=None)
+                        if run.is_main and (best is None or report["mIoU"] > best):
+                            checkpoint.save_weights(net, folder / "best.pth", {**meta_of(r), "mIoU": report["mIoU"]})
+                        run.say(f"round {r}: target mIoU {report['mIoU']:.2f}"
+                                + ("" if best is None else f" (best so far {max(best, report['mIoU']):.2f})"))
+                        if last and r:
+                            require_diverse(confusion.sum(0), classes, args.collapse, r, weights_entering(r - 1))
+
+                    # Zou et al., algorithm 2: count confidences, take the k-th largest of each class, label
+                    to_label = 0 if last else len(views_t)
+                    load = partial(predict.image_logits, fast, views_t, run=run, flip=args.test_flipping,
+                                   workers=args.num_workers, cache={}, room=args.cache_mb << 20)
+                    options = dict(prior=prior_here, ds_rate=args.ds_rate, value=args.kc_value)
+                    p_t = portion(args.init_tgt_port, args.tgt_port_step, args.max_tgt_port, r)
+                    threshold = partial(ops.select_threshold, portion=p_t, pooled=args.kc_policy == "global")
                     for index, (shape, logits) in progress.sweep(1, to_label, load):
                         if prior is not None and prior.shape[1:] != shape:
                             raise UserError(f"{data.target.images[index]} is {shape[1]}x{shape[0]}, the spatial prior "
@@ -662,7 +673,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
                     report |= {key: dict(zip(classes, values.tolist(), strict=True)) for key, values in (
                         ("thresholds", found.value), ("selected", found.selected), ("predicted", pixels_of),
                         ("labelled", counts[:c]))}
-                    report |= {"labelled_share": float(counts[:c].sum() / counts.sum()),
+                    report |= {"labelled_share": int(counts[:c].sum()) / int(counts.sum()),
                                "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
                     run.say(f"round {r}: portion {p_t:.3g}, {100 * report['labelled_share']:.1f} % of the pixels "
                             f"labelled, {len(chosen)} source images; rare: {', '.join(report['rare']) or 'none'}; "
@@ -735,11 +746,6 @@ def train(args: argparse.Namespace) -> Outcome | int:
                 f"{max(scores):.2f} (round {int(np.argmax(scores))}, chosen on the validation set)")
     run.barrier()
     return Outcome(net, data, None if confusion is None else confusion.numpy(), pixels)
-
-
-def mirrored(logits: Tensor) -> Tensor | None:
-    """The mirror image's logits among [1 or 2, C, h, w]."""
-    return logits[1] if len(logits) > 1 else None
 
 
 def train_start(args: argparse.Namespace, path: Path) -> None:
