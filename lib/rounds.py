@@ -55,7 +55,7 @@ class Progress:
             return
         world, rank = self.run.world, self.run.rank
         turns = range(self.position, -(-length // world))
-        items = iter(load([i for i in (n * world + rank for n in turns) if i < length]))
+        items = iter(load([i for i in (n * world + rank for n in turns) if i < length]) if turns else ())
         for n in turns:
             if n * world + rank < length:
                 yield n * world + rank, next(items)
