@@ -180,19 +180,21 @@ FLAGS = {  # each changes the weights that a run ends with
 
 def test_every_flag_acts(place, folder, in_process, capsys):
     def final(*flags: str) -> torch.Tensor:
+        number = 3 if flags and "port-step" in flags[0] else 2
         shutil.rmtree(folder, ignore_errors=True)
-        always = ["--collapse", "1", *["--mine-port", "0.1"] * ("--mine-port" not in flags)]
-        assert script.main(rounds(place, folder, *always, *flags)) == 0
-        return torch.cat([v.flatten() for v in checkpoint.load(folder / "1/weights.pth").values()])
+        always = ["--collapse", "1", "--test-scales", "1.0", *["--mine-port", "0.1"] * ("--mine-port" not in flags)]
+        assert script.main(rounds(place, folder, *always, "--num-rounds", str(number), *flags)) == 0
+        return torch.cat([v.flatten() for v in checkpoint.load(folder / f"{number - 2}/weights.pth").values()])
 
-    plain = final()
-    assert torch.equal(plain, final()), "a run repeats"
+    plain, again, later = final(), final(), final("--tgt-port-step", "0.05")
+    assert torch.equal(plain, again), "a run repeats"
     for flag, value in FLAGS.items():
-        assert not torch.equal(plain, final(flag, *[value] * bool(value))), flag
-    scores = report(folder, 0)["mIoU"]
-    for flags in (["--test-scales", "1.0"], ["--no-score-flipping"]):
+        assert not torch.equal(later if "port-step" in flag else plain, final(flag, *[value] * bool(value))), flag
+    scores = []
+    for flags in ([], ["--test-scales", "0.7,1.0"], ["--no-score-flipping"]):
         final(*flags)
-        assert report(folder, 0)["mIoU"] != scores, flags
+        scores.append(report(folder, 0)["mIoU"])
+    assert len(set(scores)) == 3
     final("--rare-cls-num", "5")
     assert len(report(folder, 0)["rare"]) == 5
 
