@@ -168,7 +168,7 @@ def test_variants(place, folder, in_process, variant):
 
 FLAGS = {  # each changes the weights that a run ends with
     "--epr": "2", "--ds-rate": "1", "--init-tgt-port": "0.5", "--tgt-port-step": "0.2", "--max-tgt-port": "0.1",
-    "--init-src-port": "0.8", "--src-port-step": "0.4", "--max-src-port": "0.4", "--src-sampling-policy": "c",
+    "--init-src-port": "0.8", "--src-port-step": "0.4", "--max-src-port": "0.2", "--src-sampling-policy": "c",
     "--mine-port": "0.2", "--kc-policy": "global", "--kc-value": "prob", "--spatial-prior": "build",
     "--mr-weight-kld": "0.1", "--lr-weight-ent": "0.5", "--no-random-scale": "", "--no-random-mirror": "",
     "--eval-scale": "1.0", "--test-flipping": "", "--is-training": "", "--bn-stats": "target", "--bn-affine": "train",
