@@ -97,6 +97,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--mine-port", type=float, default=0.001, help="classes predicted on less are mined")
     method.add_argument("--mine-chance", type=float, default=0.8, help="that a crop is centred on a mined class")
     method.add_argument("--spatial-prior", metavar="build|FILE", help="build it from the source labels, or .npz, .mat")
+    method.add_argument("--prior-norm", choices=["frequency", "class"], default="frequency",
+                        help="class: every class's prior has the same sum over the pixels, so that rare ones keep up")
     method.add_argument("--mr-weight-kld", type=float, default=0.0, help="MRKLD: weight of KL to uniform (0: off)")
     method.add_argument("--lr-weight-ent", type=float, default=0.0, help="LRENT: alpha of soft labels (0: hard labels)")
     method.add_argument("--collapse", type=float, default=0.95, help="share of pixels in one class that ends the run")
@@ -263,6 +265,12 @@ def load_prior(path: str | Path, classes: int) -> np.ndarray:
         raise UserError(f"--spatial-prior {path}: prior_array is {' x '.join(map(str, prior.shape))}; it should be "
                         f"{classes} x height x width (one map for each class), with values 0..1")
     return prior
+
+
+def balanced_prior(prior: Tensor) -> Tensor:
+    """The prior [C, H, W] with the same sum over the pixels for every class that occurs; its largest value is 1."""
+    prior = prior / prior.sum((1, 2), keepdim=True).clamp(min=torch.finfo(prior.dtype).tiny)
+    return prior / prior.max().clamp(min=torch.finfo(prior.dtype).tiny)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -456,7 +464,7 @@ def open_prior(args: argparse.Namespace, data: Pair, folder: Path, run: running.
     if prior.shape[1:] != shape:
         raise UserError(f"--spatial-prior {path} is {prior.shape[2]}x{prior.shape[1]}, but the target's images are "
                         f"{shape[1]}x{shape[0]}: build one for them with --spatial-prior build")
-    return prior
+    return balanced_prior(prior) if args.prior_norm == "class" else prior
 
 
 def train(args: argparse.Namespace) -> Outcome | int:

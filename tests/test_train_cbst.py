@@ -195,6 +195,8 @@ def test_every_flag_acts(place, folder, in_process, capsys):
         final(*flags)
         scores.append(report(folder, 0)["mIoU"])
     assert len(set(scores)) == 3
+    frequency = final("--spatial-prior", "build")
+    assert not torch.equal(frequency, final("--spatial-prior", "build", "--prior-norm", "class"))
     final("--rare-cls-num", "5")
     assert len(report(folder, 0)["rare"]) == 5
 
@@ -313,6 +315,10 @@ def test_spatial_prior():
     left[:, :40] = 0.25
     np.testing.assert_allclose(prior[2], gaussian_filter(left, 60 * 70 / 6 / 1024, truncate=3), atol=1e-6)
     assert not prior[3].any() and prior.sum(0) == pytest.approx(0.75, rel=1e-5)
+    balanced = script.balanced_prior(torch.from_numpy(prior))
+    sums = balanced.double().sum((1, 2))
+    assert sums[0].item() == pytest.approx(sums[2].item(), rel=1e-4) and sums[3] == 0 and balanced.max() == 1
+    torch.testing.assert_close(balanced[2] / balanced[2].max(), torch.from_numpy(prior[2] / prior[2].max()))
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
