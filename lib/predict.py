@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lib import checkpoint, ops, visual
 from lib.datasets.description import read_image
-from lib.datasets.folder import ImageFolder, Pair
+from lib.datasets.folder import ImageFolder, Pair, outlive_stop
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou
@@ -33,10 +33,10 @@ class Views(NamedTuple):
 class ViewSet(Dataset):
     """The images of a list, resized to ``size`` times each of ``scales``.
 
-    size: (width, height), or a height alone, to which the width follows in proportion.
+    size: (width, height), a height alone, to which the width follows in proportion, or None for that of the file.
     """
 
-    def __init__(self, images: Sequence[Path], size: tuple[int, int] | int, pixels: str,
+    def __init__(self, images: Sequence[Path], size: tuple[int, int] | int | None, pixels: str,
                  scales: Sequence[float] = (1.0,)):
         self.images, self.size, self.pixels, self.scales = list(images), size, pixels, scales
 
@@ -45,8 +45,8 @@ class ViewSet(Dataset):
 
     def __getitem__(self, index: int) -> Views:
         image = read_image(self.images[index])
-        width, height = self.size if isinstance(self.size, tuple) else \
-            (image.width * self.size / image.height, self.size)
+        size = self.size or image.size
+        width, height = size if isinstance(size, tuple) else (image.width * size / image.height, size)
         tensors = [to_tensor(resize(image, None, (round(width * s), round(height * s)))[0], self.pixels)
                    for s in self.scales]
         return Views(tensors, np.array(image), index)
@@ -79,7 +79,7 @@ def prepare(net: nn.Module, dtype: torch.dtype = torch.float32, compiled: bool =
 
 
 @torch.no_grad()
-def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int], pixels: str, run: Run,
+def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int] | None, pixels: str, run: Run,
                   workers: int = 0) -> nn.Module:
     """A copy of ``net`` whose BN statistics are the plain averages over the given images (labels play no part).
 
@@ -98,6 +98,33 @@ def reestimate_bn(net: nn.Module, images: Sequence[Path], size: tuple[int, int],
         with run.autocast():
             net(views.tensors[0][None].to(run.device))
     return net.eval()
+
+
+def load_views(views: ViewSet, indices: Sequence[int], workers: int) -> DataLoader:
+    """The items of ``indices`` in order; decoding runs ahead in ``workers`` processes, which outlive a stop request."""
+    return DataLoader(views, None, sampler=indices, num_workers=workers, worker_init_fn=outlive_stop,
+                      generator=torch.Generator())
+
+
+def image_logits(net: nn.Module, views: ViewSet, indices: Sequence[int], run: Run, *, flip: bool, workers: int,
+                 cache: dict, room: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """((height, width) of the file, logits float32 [1, C, h, w]) of each index; flip: [2, C, h, w], mirror image too.
+
+    cache: holds what was computed before, and gets more while it has under ``room`` bytes.
+    """
+    items = iter(load_views(views, [i for i in indices if i not in cache], workers))
+    for index in indices:
+        if index not in cache:
+            item = next(items)
+            x = item.tensors[0][None].to(run.device, memory_format=torch.channels_last)
+            with torch.no_grad(), run.autocast():
+                logits = torch.cat([logits_of(net(v)) for v in ((x, x.flip(3)) if flip else (x,))]).float()
+            found = tuple(item.image.shape[:2]), logits.contiguous()
+            if (len(cache) + 1) * logits.nbytes > room:
+                yield found
+                continue
+            cache[index] = found
+        yield cache[index]
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@ Second part of bench_ops.py; alone:
 
     taskset -c 1 python tests/bench_pseudo_label.py    one CPU thread: milliseconds of CPU time, best of several runs
     python tests/bench_pseudo_label.py --device cuda   the same on a GPU: wall-clock time
+    taskset -c 1 python tests/bench_pseudo_label.py --images 500   a data set as train_cbst.py labels it, from the
+                                                       network's output to PNG files, in seconds and MiB
 
 The original way is what CBST's release does for each image: softmax, a transposed copy in NumPy, a Python list of
 confidences per class, a sort, a division. The read bound is one sum over the full-size logits.
@@ -10,15 +12,17 @@ confidences per class, a sort, a division. The read bound is one sum over the fu
 import argparse
 import ctypes
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib import ops  # noqa: E402
+from lib import ops, rounds  # noqa: E402
 
 CLASSES, DS_RATE, PORTION = 19, 4, 0.2
 
@@ -85,11 +89,89 @@ def peak_mib(function):
     return max(0.0, field("VmHWM") - before)
 
 
+def original_data_set(images, size, ids, folder):
+    """Softmax maps to disk, lists of confidences, sort; the maps again, labels, PNG."""
+    everything = [[] for _ in range(CLASSES)]
+    for n, logits in enumerate(images):
+        p, lists = original_confidences(logits, size)
+        np.save(folder / f"{n}.npy", p)
+        for c in range(CLASSES):
+            everything[c].extend(lists[c])
+    thresholds = original_thresholds(everything)
+    for n in range(len(images)):
+        label = original_labels(np.load(folder / f"{n}.npy"), thresholds)
+        Image.fromarray(ids[label]).save(folder / f"{n}.png")
+    return thresholds
+
+
+def our_data_set(images, size, ids, folder):
+    """As train_cbst.py: three passes, nothing kept of an image but its PNG."""
+    hist, fine = ops.new_histogram(CLASSES), ops.new_histogram(CLASSES, fine=True)
+    for logits in images:
+        ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE)
+    bins = ops.select_threshold(hist, PORTION).bins
+    for logits in images:
+        ops.refine_histogram_(fine, bins, logits, size, ds_rate=DS_RATE)
+    thresholds = ops.select_threshold(hist, PORTION, fine=fine).value
+    for n, logits in enumerate(images):
+        label = ops.pseudo_label(logits, thresholds, size).numpy()
+        rounds.write_png(Image.fromarray(ids[label]), folder / f"{n}.png")
+    return thresholds.numpy()
+
+
+class Shifted:
+    """As many different images as wanted from one map of logits, without memory for them."""
+
+    def __init__(self, logits, count):
+        self.logits, self.count = logits, count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return (torch.roll(self.logits, (7 * n, 13 * n), (1, 2)) for n in range(self.count))
+
+
+def bench_data_set(coarse, size, count, few):
+    """Both ways on ``few`` images (equal results), then ours on ``count``."""
+    ids = np.arange(7, 7 + 256).astype(np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder) / name for name in ("original", "ours", "many")]
+        for path in folders:
+            path.mkdir()
+
+        def timed(function, *arguments):
+            start = time.process_time()
+            result = function(*arguments)
+            return time.process_time() - start, result
+
+        our_data_set(Shifted(coarse, 1), size, ids, folders[1])  # warms up
+        seconds, expected = timed(original_data_set, Shifted(coarse, few), size, ids, folders[0])
+        small, found = timed(our_data_set, Shifted(coarse, few), size, ids, folders[1])
+        assert np.array_equal(found, expected)
+        for n in range(few):
+            same = np.asarray(Image.open(folders[0] / f"{n}.png")) == np.asarray(Image.open(folders[1] / f"{n}.png"))
+            assert same.mean() > 1 - 1e-6, same.mean()
+        disk = sum(p.stat().st_size for p in folders[0].glob("*.npy")) / few / 2**20
+        many = []
+        memory = peak_mib(lambda: many.append(timed(our_data_set, Shifted(coarse, count), size, ids, folders[2])[0]))
+        assert len(list(folders[2].iterdir())) == count
+        pngs = sum(p.stat().st_size for p in folders[2].iterdir()) / count / 2**20
+    print(f"{CLASSES} x {size[0]} x {size[1]} from logits at {tuple(coarse.shape[1:])}, PNG files included\n")
+    print("| | images | s CPU an image | ratio | temporary files, MiB an image | peak memory, MiB |")
+    print("|---|---|---|---|---|---|")
+    print(f"| original way | {few} | {seconds / few:.3f} | {seconds / few / (many[0] / count):.1f} | {disk:.0f} | |")
+    print(f"| ours | {few} | {small / few:.3f} | | 0 | |")
+    print(f"| ours | {count} | {many[0] / count:.3f} | 1 | 0 (PNG: {pngs:.2f}) | {memory:.0f} |")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--images", type=int, help="label a data set of so many images instead")
+    parser.add_argument("--few", type=int, default=3, help="images for the original way then")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     size, device = tuple(args.size), args.device
@@ -98,6 +180,9 @@ def main(argv=None):
     coarse = 3 * coarse + 0.3 * torch.randn(coarse.shape, generator=generator)  # regions with noisy borders
     full = F.interpolate(coarse[None], size, mode="bilinear", align_corners=True)[0].contiguous()
     coarse, full = coarse.to(device), full.to(device)
+    if args.images:
+        del full
+        return bench_data_set(coarse, size, args.images, args.few)
 
     def ms(function, repeats=args.repeats):
         return best_ms(function, device, repeats)

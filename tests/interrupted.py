@@ -2,8 +2,9 @@
 
 A training script with a network of a few parameters (resuming is about the loop), which gets SIGNAL at a moment:
 "step:3" before the 3rd iteration computes, "write best.pth:2" half way through the 2nd write of that file, "rename
-best.pth:2" between writing and renaming it, "log:2" half way through the 2nd line of the log, "never:0". SIGKILL goes
-to the process alone, other signals to its process group, as a terminal or a scheduler sends them.
+best.pth:2" between writing and renaming it, "log:2" half way through the 2nd line of the log, "never:0"; in scripts
+with rounds also "score:2", "count:2", "refine:2" and "label:2", before the 2nd image of that pass. SIGKILL goes to the
+process alone, other signals to its process group, as a terminal or a scheduler sends them.
 """
 import functools
 import importlib
@@ -17,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-from lib import checkpoint
+from lib import checkpoint, ops, predict
 from lib import run as running
 
 # the function of each script that computes an iteration
-STEP = {"train_adaptsegnet": "adapt_backward", "train_pixel_assoc": "backward", "train_gan_da": "update"}
+STEP = {"train_adaptsegnet": "adapt_backward", "train_cbst": "self_training_backward", "train_pixel_assoc": "backward",
+        "train_gan_da": "update"}
 
 
 class TinyNet(nn.Module):
@@ -46,6 +48,8 @@ def shrink(script) -> None:
     if script.__name__ == "train_gan_da":
         return  # has --width
     script.build = lambda model, classes, *_, **named: TinyNet(classes)
+    checkpoint.recognise = lambda weights: {"model": "Deeplab", "arch": "resnet18",
+                                            "num_classes": len(weights["layer5.bias"])}
     if hasattr(script, "FCDiscriminator"):
         script.FCDiscriminator = functools.partial(script.FCDiscriminator, ndf=4)
 
@@ -86,6 +90,9 @@ def interrupt(script, moment: str, number: int) -> None:
     hook(checkpoint.os, "replace", lambda _, path: f"rename {Path(path).name}")
     hook(script, STEP[script.__name__], lambda *_: "step")
     hook(running.Log, "_write", lambda *_: "log", half_a_line)
+    for owner, name, label in ((predict, "predict", "score"), (ops, "confidence_histogram_", "count"),
+                               (ops, "refine_histogram_", "refine"), (ops, "pseudo_label", "label")):
+        hook(owner, name, lambda *_, label=label: label)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,30 @@ def test_a_file_of_the_release_on_any_pictures(place):
     assert "sub/wide.png" in text and "wide.jpg" in text and "same name" in text
 
 
+def test_a_checkpoint_of_crst(place):
+    """Its keys are those of Deeplab; all four rates are summed, and pixels are RGB with mean and deviation."""
+    state = torch.load(weights(place / "crst.pth", 19, "Deeplab"))
+    path = place / "one/picture.png"
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.kron(np.random.default_rng(5).integers(0, 256, (3, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    printed = evaluate(place, "--images", "one", "--size", "64,48", "--save", "crst", "--aspp", "full", "--pixels",
+                       "imagenet", file="crst.pth")
+    assert "Deeplab resnet18, 19 classes, ASPP full" in printed and "pixels     imagenet" in printed
+    net = build("Deeplab", 19, "resnet18", "full").eval()
+    net.load_state_dict(state)
+    x = (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    with torch.no_grad():
+        features = net.features(torch.from_numpy(x).float().permute(2, 0, 1)[None])[1]
+        logits = sum(conv(features) for conv in net.layer5.conv2d_list)
+    label = torch.nn.functional.interpolate(logits, (48, 64), mode="bilinear", align_corners=True).argmax(1)[0].numpy()
+    ours = np.asarray(Image.open(place / "crst/picture.png"))
+    assert (ours == label).mean() > 0.999 and len(np.unique(label)) > 2
+    for flags in (["--pixels", "imagenet"], ["--aspp", "full"]):  # each of the two matters
+        evaluate(place, "--images", "one", "--size", "64,48", "--save", "other", *flags, file="crst.pth")
+        assert (np.asarray(Image.open(place / "other/picture.png")) != label).mean() > 0.01
+
+
 @pytest.fixture(scope="module")
 def plain(place):
     """(the maps, the printed mean) without any option."""

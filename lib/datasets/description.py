@@ -28,7 +28,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -329,6 +329,34 @@ def label_table(d: Description, classes: Sequence[str], task: Description | None
     for name, ids in zip(_names_in(task or d, d), d.ids, strict=True):
         table[[index[v] for v in ids]] = classes.index(name) if name in classes else d.ignore
     return table
+
+
+def written_values(d: Description) -> tuple[list[int], int]:
+    """(the 8-bit value to write for each class into new label files of a data set, the value for unlabelled pixels).
+
+    They are the data set's own ids and, where 0 is none of them, 0; where it is, the set's lowest void id, so that its
+    own description reads the files. A data set whose labels are colours gets class indices and 255.
+    """
+    if d.encoding == "rgb":
+        return list(range(len(d.classes))), 255
+    taken = {i for ids in d.ids for i in ids}
+    return [ids[0] for ids in d.ids], next(v for v in (0, *sorted(d.void), 255, *range(256)) if v not in taken)
+
+
+def derived_description(d: Description, root: Path, labels: Path, list_: str, set_: str) -> dict:
+    """The JSON entries of ``d`` with other labels: those of ``written_values`` at labels/PATH OF THE IMAGE.png.
+
+    root: of the images; list_: the path of the list, which may hold {set}; set_: the set's name.
+    """
+    (ids, unlabelled), indexed = written_values(d), d.encoding == "rgb"
+    return {"name": d.name, "root": str(root.resolve()), "images": d.images,
+            "labels": f"{labels.resolve()}/{PurePosixPath(d.images).with_suffix('.png')}", "list": list_,
+            "sets": {"train": set_, "val": set_}, "size": list(d.size), "encoding": "ids", "ignore": d.ignore,
+            "void": sorted({unlabelled} if indexed else d.void | {unlabelled}),
+            "classes": [{"name": name, "color": colour, "ids": [value] if indexed else list(all_)}
+                        for name, colour, value, all_ in zip(d.classes, d.palette.tolist(), ids, d.ids, strict=True)],
+            "subsets": {name: list(names) for name, names in d.subsets.items()},
+            "maps": {name: dict(mapping) for name, mapping in d.maps.items()}}
 
 
 def read_label(path: str | Path, d: Description, table: np.ndarray) -> np.ndarray:

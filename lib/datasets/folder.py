@@ -130,11 +130,13 @@ class Pair(NamedTuple):
 def open_pair(source: Description, target: Description, transform_s: Transform, transform_t: Transform, *,
               num_classes: int | None = None, root_s: str | None = None, root_t: str | None = None,
               set_s: str | None = None, set_t: str | None = None, set_val: str | None = None, list_s: str | None = None,
-              list_t: str | None = None, ignore: int | None = None, seed: int = 0, fully: bool = False) -> Pair:
+              list_t: str | None = None, ignore: int | None = None, seed: int = 0, fully: bool = False,
+              allow_overlap: bool = False) -> Pair:
     """Source, target and validation sets of a run, checked (``fully``: every file). None: the descriptions' defaults.
 
     ignore: the value of source pixels of no class. A validation set that the caller did not name and that is not there
-    is left out. Raises UserError for everything that would disturb the run later.
+    is left out. allow_overlap: images may stand in both the training and the validation set.
+    Raises UserError for everything that would disturb the run later.
     """
     classes = select_classes(target, source, num_classes)
     folder_s = ImageFolder(source, root_s or source.root, set_s or source.sets["source"], classes, transform_s,
@@ -150,7 +152,7 @@ def open_pair(source: Description, target: Description, transform_s: Transform, 
     for folder in (folder_s, folder_t, validation):
         if folder is not None:
             check(folder, fully)
-    if validation is not None:
+    if validation is not None and not allow_overlap:
         both = {p.resolve() for p in folder_t.images} & {p.resolve() for p in validation.images}
         if both:
             raise UserError(f"{len(both)} images stand in both the training set ({folder_t.set}) and the evaluation "
