@@ -497,7 +497,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
         raise UserError(f"{args.restore_from} does not fill the network: {loaded}. Is --model or --arch wrong?")
     loaded = f"{args.restore_from}: {loaded}"
     set_bn_affine(net, args.bn_affine == "train")
-    net.to(run.device, memory_format=torch.channels_last)
+    net.to(run.device, memory_format=run.memory_format)
     if run.world > 1 and run.device.type == "cuda" and args.is_training:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     scaler = run.scaler()
@@ -763,7 +763,7 @@ def train_start(args: argparse.Namespace, path: Path) -> None:
     data = open_data(args)
     net = build(args.model or "Deeplab", len(data.classes), args.arch, args.aspp or "full")
     set_bn_affine(net, True)
-    set_train_mode(net.to(run.device, memory_format=torch.channels_last))
+    set_train_mode(net.to(run.device, memory_format=run.memory_format))
     optimizer = deeplab_sgd(net, args.sgd, DEMO_START_RATE, args.momentum, args.weight_decay)
     crop = dict(crop=args.crop_size, pixels=args.pixels, scale=False, mirrored=True)
     images = RoundSet(data.source, range(len(data.source)), None, crop, (args.input_size, None), (), 0.0,

@@ -116,7 +116,7 @@ def image_logits(net: nn.Module, views: ViewSet, indices: Sequence[int], run: Ru
     for index in indices:
         if index not in cache:
             item = next(items)
-            x = item.tensors[0][None].to(run.device, memory_format=torch.channels_last)
+            x = run.place(item.tensors[0][None])
             with torch.no_grad(), run.autocast():
                 logits = torch.cat([logits_of(net(v)) for v in ((x, x.flip(3)) if flip else (x,))]).float()
             found = tuple(item.image.shape[:2]), logits.contiguous()
