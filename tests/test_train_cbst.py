@@ -16,7 +16,19 @@ from conftest import ROOT
 from interrupted import TinyNet, interrupt, shrink
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from scripts import ENVIRONMENT, HEIGHT, WIDTH, command, execute, interrupted, logged, message, render, same
+from scripts import (
+    ENVIRONMENT,
+    HEIGHT,
+    WIDTH,
+    command,
+    execute,
+    interrupted,
+    logged,
+    message,
+    render,
+    same,
+    torchrun,
+)
 
 import train_adaptsegnet
 import train_cbst as script
@@ -73,12 +85,16 @@ def rounds(place: Path, folder: Path, *more: str, start: str = "tiny.pth") -> li
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """script.main() runs in this process, with the network of interrupted.py."""
+    """script.main() runs in this process, with the network of interrupted.py and as many threads as forked() has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setitem(ops._state, "mode", "reference")
     monkeypatch.setenv("SEGADAPT_OPS", "reference")
     monkeypatch.setattr(script, "build", lambda model, classes, *_: TinyNet(classes))
     monkeypatch.setattr(checkpoint, "recognise", lambda w: {"model": "Deeplab", "arch": "resnet18",
                                                             "num_classes": len(w["layer5.bias"])})
+    yield
+    torch.set_num_threads(threads)
 
 
 def forked(arguments: list[str], when: str = "never:0", by: signal.Signals = signal.SIGKILL) -> int:
@@ -384,11 +400,8 @@ def test_two_processes_are_one(place, folder):
     one, two = folder / "one", folder / "two"
     flags = ["--subset", "3", "--test-flipping", "--save-pred-every", "1"]
     assert forked(rounds(place, one, *flags, "--batch-size", "2", "--spatial-prior", "build")) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                str(ROOT / "tests/interrupted.py"), "train_cbst", "never:0", "SIGKILL"]
-    arguments = rounds(place, two, *flags, "--batch-size", "1", "--spatial-prior", "build")
-    done = subprocess.run([*torchrun, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    torchrun("tests/interrupted.py", "train_cbst", "never:0", "SIGKILL",
+             *rounds(place, two, *flags, "--batch-size", "1", "--spatial-prior", "build"))
     assert report(one, 0) == report(two, 0) and report(one, 0)["labelled_share"] > 0.1
     labels = [p.relative_to(one) for p in (one / "0/pseudo_labels").rglob("*.png")]
     assert len(labels) == 3 and all((one / p).read_bytes() == (two / p).read_bytes() for p in labels)

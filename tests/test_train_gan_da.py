@@ -3,7 +3,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,19 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from scripts import ENVIRONMENT, assert_same_end, command, execute, interrupted, logged, message, render, training
+from scripts import (
+    ENVIRONMENT,
+    assert_same_end,
+    command,
+    execute,
+    interrupted,
+    logged,
+    message,
+    render,
+    torchrun,
+    training,
+    with_voids,
+)
 
 import evaluate
 import train_gan_da as script
@@ -372,18 +383,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
 
 def test_two_processes_compute_what_one_does_with_the_whole_batch(here, pair, folder):
     """Without dropout, whose masks differ between processes. The label counts of the halves differ."""
-    halved = shutil.copytree(pair, folder.parent / "pair")
-    for n in (1, 3, 4):
-        path = halved / f"gta5/labels/{n:05}.png"
-        label = Image.open(path)
-        label.paste(0, (0, 0, 64, 12 * n - 8))  # void
-        label.save(path)
+    halved = with_voids(pair, folder.parent / "pair")
     flags = ["--dropout", "0", "--num-steps", "3", "--random-mirror", "--reduction", "mean", "--optimizer", "SGD"]
     one, two = folder / "one", folder / "two"
     assert script.main(gan(halved, one, *flags, "--batchSize", "2")) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
-    done = subprocess.run([*torchrun, *gan(halved, two, *flags)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = torchrun(SCRIPT, *gan(halved, two, *flags))
     assert "2 pairs a step = 1 x 2 processes" in done.stdout and done.stdout.count("device ") == 1
     for a, b in zip(logged(two), logged(one), strict=True):
         assert a.keys() == b.keys()
