@@ -244,7 +244,7 @@ def mutual_argmax(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     |x| summed in float64), ties to the lowest index, whatever the tiles, the threads and the device. A zero vector
     has similarity 0 to everything. Raises ValueError for wrong shapes or dtypes and for NaN or infinite values.
     """
-    a, b = _full(a.detach()), _full(b.detach())
+    a, b = (x.detach().to(_full_type(x)) for x in (a, b))
     _check_rows(a, b)
     kernel = _kernel("mutual_argmax", a.device)
     if kernel:
@@ -262,7 +262,7 @@ def spatial_aggregate(x: Tensor, metric: str = "cos", alpha: float = 0.5) -> Ten
     Raises ValueError for wrong shapes or metrics and for values that are not finite.
     """
     _check_maps(x, metric)
-    return _SpatialAggregate.apply(_full(x), metric, float(alpha))
+    return _SpatialAggregate.apply(x.to(_full_type(x)), metric, float(alpha))
 
 
 @torch.compiler.disable
@@ -291,8 +291,7 @@ def cycle_association_loss(x_s: Tensor, x_t: Tensor, y_s: Tensor, *, metric: str
                          "[B, C, H1, W1], [B, C, H2, W2] and [B, H1, W1]")
     if y_s.is_floating_point():
         raise ValueError(f"y_s: expected integer labels, got {y_s.dtype}")
-    x_s, x_t = _full(x_s), _full(x_t)
-    if x_s.dtype != x_t.dtype or x_s.device != x_t.device:
+    if _full_type(x_s) != _full_type(x_t) or x_s.device != x_t.device:
         raise ValueError("x_s and x_t differ in dtype or device")
     return CycleAssociation(*_CycleAssociation.apply(x_s, x_t, y_s, metric, float(alpha), ignore_index))
 
@@ -321,41 +320,52 @@ class _SpatialAggregate(torch.autograd.Function):
 
 class _CycleAssociation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_s, x_t, y_s, metric, alpha, ignore_index):
-        need_grad = any(ctx.needs_input_grad)
-        # grad_t holds the aggregated target until its gradient is known: one buffer of that size less.
-        grad_s, grad_t = torch.zeros_like(x_s) if need_grad else None, torch.empty_like(x_t)
-        loss, kept, maps = 0.0, 0, []
-        with torch.autocast(x_s.device.type, enabled=False):
-            for b in range(len(x_s)):
-                d_a = _rows(grad_s[b]) if need_grad else None
-                part, count, *found = _associate_pair(_rows(x_s[b]), _rows(x_t[b]), y_s[b].flatten(), metric, alpha,
-                                                      ignore_index, d_a, _rows(grad_t[b]))
-                loss, kept = loss + part, kept + count
-                maps.append(found)
-        selected, forward, back = (torch.stack(m) for m in zip(*maps, strict=True))
-        share = 1.0 / kept.clamp_min(1).double()
-        loss = (loss * share).to(x_s.dtype)
-        selected = selected.view_as(y_s)
-        ctx.mark_non_differentiable(kept, selected, forward, back)
-        if need_grad:
-            ctx.save_for_backward(grad_s.mul_(share.to(grad_s.dtype)), grad_t.mul_(share.to(grad_t.dtype)))
-        return loss, kept, selected, forward, back
+    def forward(ctx, x_s, x_t, y_s, *settings):
+        found, ctx.gradients = _associate(x_s, x_t, y_s, *settings, any(ctx.needs_input_grad))
+        ctx.mark_non_differentiable(*found[1:])
+        ctx.save_for_backward(x_s, x_t, y_s)
+        ctx.settings = settings
+        return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        grad_s, grad_t = ctx.saved_tensors
-        return (grad_s * grad if ctx.needs_input_grad[0] else None, grad_t * grad if ctx.needs_input_grad[1] else None,
-                None, None, None, None)
+        # The forward pass has left the gradients, to be scaled in place and given away: a copy would be the peak of the
+        # memory. Who goes backward a second time (retain_graph) waits for them to be computed again.
+        inputs = ctx.saved_tensors
+        grad_s, grad_t = ctx.gradients or _associate(*inputs, *ctx.settings, True)[1]
+        ctx.gradients = None
+        return (grad_s.mul_(grad).to(inputs[0].dtype) if ctx.needs_input_grad[0] else None,
+                grad_t.mul_(grad).to(inputs[1].dtype) if ctx.needs_input_grad[1] else None, None, None, None, None)
+
+
+def _associate(x_s: Tensor, x_t: Tensor, y_s: Tensor, metric: str, alpha: float, ignore_index: int, need_grad: bool):
+    """The batch: (loss, kept, selected, j*, i*) and, if needed, the loss's gradients for x_s and x_t."""
+    dtype = _full_type(x_s)
+    grad_s, grad_t = torch.zeros_like(x_s, dtype=dtype) if need_grad else None, torch.empty_like(x_t, dtype=dtype)
+    loss, kept, maps = 0.0, 0, []
+    with torch.autocast(x_s.device.type, enabled=False):
+        for b in range(len(x_s)):
+            d_a = _rows(grad_s[b]) if need_grad else None
+            part, count, *found = _associate_pair(_rows(x_s[b].to(dtype)), _rows(x_t[b].to(dtype)), y_s[b].flatten(),
+                                                  metric, alpha, ignore_index, d_a, _rows(grad_t[b]))
+            loss, kept = loss + part, kept + count
+            maps.append(found)
+    selected, forward, back = (torch.stack(m) for m in zip(*maps, strict=True))
+    share = 1.0 / kept.clamp_min(1).double()
+    loss = (loss * share).to(dtype)
+    gradients = (grad_s.mul_(share.to(dtype)), grad_t.mul_(share.to(dtype))) if need_grad else None
+    return (loss, kept, selected.view_as(y_s), forward, back), gradients
 
 
 def _associate_pair(a: Tensor, v: Tensor, label: Tensor, metric: str, alpha: float, ignore_index: int,
-                    d_a: Tensor | None, z: Tensor):
+                    d_a: Tensor | None, d_v: Tensor):
     """One pair: a [N1, C], v [N2, C], label [N1] -> sum of the losses, kept, selected [N1], j* [N1], i* [N1].
 
-    Unless d_a is None it becomes the loss sum's gradient for a, and z the one for v. z [N2, C] is overwritten anyway.
+    Unless d_a is None it becomes the gradient of the loss sum for a, and d_v the one for v. d_v [N2, C], which lies
+    without gaps, is overwritten anyway: until then its memory holds the aggregated target, row by row.
     """
+    z = d_v if d_v.is_contiguous() else d_v.t().view(-1).view(d_v.shape)
     _aggregate(v, z, metric, alpha)
     if metric == "cos":
         forward, _, back_of, _ = mutual_argmax(a, z)
@@ -388,7 +398,7 @@ def _associate_pair(a: Tensor, v: Tensor, label: Tensor, metric: str, alpha: flo
         else:
             d_a.addcdiv_(d_right_a, a + _EPS)
             d_z.addcdiv_(d_right_z, z + _EPS)
-        _aggregate_backward(d_z, v, z, metric, alpha)
+        _aggregate_backward(d_z, v, d_v, metric, alpha)
     return loss, selected.sum(), selected, forward, back
 
 
@@ -576,15 +586,16 @@ def _slices(n: int, width: int, like: Tensor):
 
 def _panels(n: int, width: int, like: Tensor, buffers: int = 1):
     """(slice, buffer [rows, width], ...) for each panel of an n x width matrix; the buffers are used again."""
-    slices = _slices(n, width if like.shape[1] < 512 else -(-width // 4), like)  # many channels: larger GEMMs win
+    slices = _slices(n, width if like.shape[1] < 512 else -(-width // 2), like)  # many channels: larger GEMMs win
     rows = slices[0].stop if slices else 0
     memory = [torch.empty(rows, width, dtype=like.dtype, device=like.device) for _ in range(buffers)]
     for at in slices:
         yield at, *(m[: at.stop - at.start] for m in memory)
 
 
-def _full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _full_type(x: Tensor) -> torch.dtype:
+    """What is computed in: float32 for half precision."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def _check_rows(a: Tensor, b: Tensor) -> None:

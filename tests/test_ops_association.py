@@ -227,6 +227,18 @@ def test_gradcheck(mode, metric):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("metric", ["cos", "kl"])
+def test_a_second_backward_pass_gives_the_same_gradients(mode, metric):
+    """The first one gives the buffers away that the forward pass has filled."""
+    x_s, x_t, y = maps(metric, (2, 4, 3, 4), (2, 4, 4, 4), classes=2)
+    loss = ops.cycle_association_loss(x_s, x_t, y, metric=metric).loss
+    first = torch.autograd.grad(loss, (x_s, x_t), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(2 * loss, (x_s, x_t))
+    assert all(map(torch.equal, first, kept)) and first[0].abs().max() > 0
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
+
+
 def _flat(x):
     return x[0].flatten(1).t()
 
