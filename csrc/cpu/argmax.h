@@ -17,7 +17,8 @@
 namespace segadapt {
 
 // Sum of x_k/nx * y_k/ny in float64, in one fixed order that every implementation of this operator shares: 16 sums over
-// k mod 16, then halving. Products of float32 are exact in float64, so that fused or separate arithmetic gives the same bits.
+// k mod 16, then halving. Products of float32 are exact in float64, so that fused or separate arithmetic gives the same
+// bits.
 template <class T>
 inline double exact_dot(const T* x, T nx, const T* y, T ny, int64_t c) {
   double acc[16] = {};
@@ -33,11 +34,12 @@ inline double exact_dot(const T* x, T nx, const T* y, T ny, int64_t c) {
 // One side: N vectors, what S scales them by, and the norms of the scaled vectors for the error bound.
 template <class T>
 struct Side {
-  at::Tensor x;                   // [N, C] contiguous
-  std::vector<T> norm, scale;     // divisor of the exact product; 1/norm (0 for a zero vector) in the tiles
-  std::vector<T> length;          // norm of x/norm: 1 or 0 when normalised
-  T longest = 0;                  // max of length
-  std::vector<int32_t> first;     // the lowest index that holds the same values: repetitions share its answer, and are none
+  at::Tensor x;                // [N, C] contiguous
+  std::vector<T> norm, scale;  // divisor of the exact product; 1/norm (0 for a zero vector) in the tiles
+  std::vector<T> length;       // norm of x/norm: 1 or 0 when normalised
+  T longest = 0;               // max of length
+  std::vector<int32_t>
+      first;  // the lowest index that holds the same values: repetitions share its answer, and are none
   int64_t n() const { return x.size(0); }
 };
 
@@ -83,7 +85,8 @@ Side<T> make_side(const at::Tensor& input, bool normalise, const char* name) {
   TORCH_CHECK_VALUE(finite, name, " holds NaN, infinite or overflowing values");
   std::vector<T> divisor = side.norm;
   if (normalise && (most > T(1e12) || least < T(1e-12))) {  // raw products could leave the range of float32
-    side.x = side.x / at::from_blob(side.norm.data(), {n, 1}, side.x.options()).clamp_min(std::numeric_limits<T>::min());
+    side.x =
+        side.x / at::from_blob(side.norm.data(), {n, 1}, side.x.options()).clamp_min(std::numeric_limits<T>::min());
     std::fill(divisor.begin(), divisor.end(), T(1));
   }
   for (int64_t i = 0; i < n; i++) {
@@ -109,10 +112,16 @@ class Candidates {
  public:
   static constexpr int capacity = 6;
   Candidates(const Side<T>& mine, const Side<T>& others)
-      : mine_(mine), others_(others), best_(mine.n(), -std::numeric_limits<T>::infinity()), margin_(mine.n()),
-        exact_(mine.n(), -std::numeric_limits<double>::infinity()), index_(mine.n(), 0), count_(mine.n(), 0),
+      : mine_(mine),
+        others_(others),
+        best_(mine.n(), -std::numeric_limits<T>::infinity()),
+        margin_(mine.n()),
+        exact_(mine.n(), -std::numeric_limits<double>::infinity()),
+        index_(mine.n(), 0),
+        count_(mine.n(), 0),
         list_(mine.n() * capacity) {
-    // |tile - exact| <= (C + 16) u |x| |y|: a chain of C fused additions, the scales, the norms' rounding. Twice, for a pair.
+    // |tile - exact| <= (C + 16) u |x| |y|: a chain of C fused additions, the scales, the norms' rounding. Twice, for a
+    // pair.
     const double unit = std::numeric_limits<T>::epsilon() / 2;
     for (int64_t i = 0; i < mine.n(); i++)
       margin_[i] = T(2.001 * double(mine.x.size(1) + 16) * unit * double(mine.length[i]) * double(others.longest));
@@ -258,7 +267,8 @@ class TileScan {
         if (highest < by_row_.threshold(i)) continue;
         const T least = highest - by_row_.margin(i);
         for (int64_t j = 0; j < whole; j += w)
-          for (uint32_t hits = mask_ge(load<T>(s[q] + j) * load<T>(scale + j) * mine[q], splat(least)); hits; hits &= hits - 1) {
+          for (uint32_t hits = mask_ge(load<T>(s[q] + j) * load<T>(scale + j) * mine[q], splat(least)); hits;
+               hits &= hits - 1) {
             const int64_t at = j + __builtin_ctz(hits);
             by_row_.push(i, col0 + at, s[q][at] * scale[at] * x_.scale[i]);
           }

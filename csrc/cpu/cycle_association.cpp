@@ -13,12 +13,15 @@ constexpr int64_t kTileRows = 512, kTileCols = 1024;  // 2 MB of products, which
 std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_argmax(const Tensor& a, const Tensor& b) {
   TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.size(0) > 0 && b.size(0) > 0,
                     "mutual_argmax: a and b must be [N1, C] and [N2, C], got ", a.sizes(), " and ", b.sizes());
-  TORCH_CHECK_VALUE(a.scalar_type() == b.scalar_type() && (a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble),
-                    "mutual_argmax: a and b must both be float32 or float64");
-  auto row_index = at::empty({a.size(0)}, a.options().dtype(at::kLong)), row_value = at::empty({a.size(0)}, a.options());
+  TORCH_CHECK_VALUE(
+      a.scalar_type() == b.scalar_type() && (a.scalar_type() == at::kFloat || a.scalar_type() == at::kDouble),
+      "mutual_argmax: a and b must both be float32 or float64");
+  auto row_index = at::empty({a.size(0)}, a.options().dtype(at::kLong)),
+       row_value = at::empty({a.size(0)}, a.options());
   auto col_index = at::empty({b.size(0)}, row_index.options()), col_value = at::empty({b.size(0)}, a.options());
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "mutual_argmax", [&] {
-    const auto x = make_side<scalar_t>(a, true, "mutual_argmax: a"), y = make_side<scalar_t>(b, true, "mutual_argmax: b");
+    const auto x = make_side<scalar_t>(a, true, "mutual_argmax: a"),
+               y = make_side<scalar_t>(b, true, "mutual_argmax: b");
     Candidates<scalar_t> by_row(x, y), by_col(y, x);
     scan_tiles(x, y, by_row, &by_col, kTileRows, kTileCols);
     by_row.finish(row_index.mutable_data_ptr<int64_t>(), row_value.mutable_data_ptr<scalar_t>());
@@ -30,11 +33,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_argmax(const Tensor& a, const 
 Tensor product_argmax(const Tensor& x, const Tensor& y) {
   TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.size(0) > 0 && y.size(0) > 0,
                     "product_argmax: x and y must be [N1, C] and [N2, C], got ", x.sizes(), " and ", y.sizes());
-  TORCH_CHECK_VALUE(x.scalar_type() == y.scalar_type() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
-                    "product_argmax: x and y must both be float32 or float64");
+  TORCH_CHECK_VALUE(
+      x.scalar_type() == y.scalar_type() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
+      "product_argmax: x and y must both be float32 or float64");
   auto index = at::empty({x.size(0)}, x.options().dtype(at::kLong)), value = at::empty({x.size(0)}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "product_argmax", [&] {
-    const auto left = make_side<scalar_t>(x, false, "product_argmax: x"), right = make_side<scalar_t>(y, false, "product_argmax: y");
+    const auto left = make_side<scalar_t>(x, false, "product_argmax: x"),
+               right = make_side<scalar_t>(y, false, "product_argmax: y");
     Candidates<scalar_t> by_row(left, right);
     scan_tiles<scalar_t>(left, right, by_row, nullptr, kTileRows, kTileCols);
     by_row.finish(index.mutable_data_ptr<int64_t>(), value.mutable_data_ptr<scalar_t>());
@@ -43,8 +48,9 @@ Tensor product_argmax(const Tensor& x, const Tensor& y) {
 }
 
 void check_panel(const Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 2 && t.is_contiguous() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble),
-                    name, " must be a contiguous float32 or float64 matrix");
+  TORCH_CHECK_VALUE(
+      t.dim() == 2 && t.is_contiguous() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble), name,
+      " must be a contiguous float32 or float64 matrix");
 }
 
 // One row of n values: scaled, measured, and turned into its softmax while it is in the cache. Returns 1 / temperature.
@@ -116,8 +122,8 @@ void softmax_grad_(Tensor& m, const Tensor& p, const Tensor& row_scale, const st
   check_panel(m, "softmax_grad_: m");
   check_panel(p, "softmax_grad_: p");
   const int64_t rows = m.size(0), n = m.size(1);
-  TORCH_CHECK_VALUE(m.sizes() == p.sizes() && row_scale.numel() == rows && col_sum.numel() == n && col_sum.is_contiguous() &&
-                        (!col_scale || col_scale->numel() == n),
+  TORCH_CHECK_VALUE(m.sizes() == p.sizes() && row_scale.numel() == rows && col_sum.numel() == n &&
+                        col_sum.is_contiguous() && (!col_scale || col_scale->numel() == n),
                     "softmax_grad_: sizes differ");
   const auto row = row_scale.contiguous(), col = col_scale ? col_scale->contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "softmax_grad_", [&] {
@@ -148,7 +154,8 @@ void softmax_grad_(Tensor& m, const Tensor& p, const Tensor& row_scale, const st
             if (scale) v = v * load<scalar_t>(scale + j);
             store<scalar_t>(xi + j, v);
           }
-          for (int64_t j = whole; j < n; j++) xi[j] = qi[j] * (xi[j] - sum1) * factor[i] * (scale ? scale[j] : scalar_t(1));
+          for (int64_t j = whole; j < n; j++)
+            xi[j] = qi[j] * (xi[j] - sum1) * factor[i] * (scale ? scale[j] : scalar_t(1));
         }
       }
     });

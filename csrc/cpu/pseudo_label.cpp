@@ -1,6 +1,6 @@
 // Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps, without ever writing H x W x C values.
-// Images are walked row by row. Label maps take blocks of pixels that stay in the L1 cache, in plain loops that the compiler
-// vectorises; probabilities take strips of 16 pixels, whose maximum, sum and winner stay in registers.
+// Images are walked row by row. Label maps take blocks of pixels that stay in the L1 cache, in plain loops that the
+// compiler vectorises; probabilities take strips of 16 pixels, whose maximum, sum and winner stay in registers.
 #include "pseudo_label.h"
 #include "vec.h"
 
@@ -87,14 +87,23 @@ bool argmax_block(int64_t classes, int64_t n, const Value& value, uint8_t* label
   return !check || std::all_of(poison, poison + n, [](T p) { return p == T(0); });
 }
 
-// One image [C, h, w] seen at size H x W, a row at a time. Equal sizes are read in place; otherwise the two source rows around
-// the current row are kept at full width, so that a row costs one vertical interpolation. S: stored type, T: arithmetic.
+// One image [C, h, w] seen at size H x W, a row at a time. Equal sizes are read in place; otherwise the two source rows
+// around the current row are kept at full width, so that a row costs one vertical interpolation. S: stored type, T:
+// arithmetic.
 template <typename S, typename T>
 class Upsampler {
  public:
   Upsampler(const S* x, int64_t classes, int64_t h, int64_t w, const Axis<T>& rows, const Axis<T>& columns, bool mirror)
-      : x_(x), classes_(classes), h_(h), w_(w), H_(rows.i0.size()), W_(columns.i0.size()), rows_(rows), columns_(columns),
-        mirror_(mirror), in_place_(h == H_ && w == W_) {
+      : x_(x),
+        classes_(classes),
+        h_(h),
+        w_(w),
+        H_(rows.i0.size()),
+        W_(columns.i0.size()),
+        rows_(rows),
+        columns_(columns),
+        mirror_(mirror),
+        in_place_(h == H_ && w == W_) {
     if (!in_place_) {
       for (auto& buffer : buffer_) buffer.resize(classes * W_ + kLanes);  // a strip may read past its row
     }
@@ -112,8 +121,8 @@ class Upsampler {
     fill(1, bottom);
   }
 
-  // Stores columns begin .. begin + n (at most kLanes) of all classes to out [C][kLanes]; the rest of the lanes hold finite
-  // numbers where the map does. Returns the maxima over the classes.
+  // Stores columns begin .. begin + n (at most kLanes) of all classes to out [C][kLanes]; the rest of the lanes hold
+  // finite numbers where the map does. Returns the maxima over the classes.
   vf gather(int64_t begin, int64_t n, float* out) const {
     vf top = splat(-std::numeric_limits<float>::infinity());
     const auto add = [&](int64_t c, vf v) {
@@ -147,7 +156,8 @@ class Upsampler {
     if (in_place_) {
       const S* x = x_ + y_ * W_ + begin;
       const int64_t stride = H_ * W_;
-      return argmax_block<true, T>(classes_, n, [=](int64_t c, int64_t j) { return static_cast<T>(x[c * stride + j]); }, label);
+      return argmax_block<true, T>(
+          classes_, n, [=](int64_t c, int64_t j) { return static_cast<T>(x[c * stride + j]); }, label);
     }
     const T *a = buffer_[0].data() + begin, *b = buffer_[1].data() + begin;
     const T w0 = rows_.w0[y_], w1 = rows_.w1[y_];
@@ -190,7 +200,8 @@ int64_t rows_per_task(int64_t rows, int64_t width) {
   return std::max<int64_t>(1, std::min<int64_t>(rows, (1 << 16) / std::max<int64_t>(1, width)));
 }
 
-// ---- label maps -------------------------------------------------------------------------------------------------------------
+// ---- label maps
+// -------------------------------------------------------------------------------------------------------------
 
 template <typename S, typename T>
 void upsample_argmax_images(const at::Tensor& logits, bool align_corners, at::Tensor& label) {
@@ -229,11 +240,14 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
   return label;
 }
 
-// ---- probabilities ----------------------------------------------------------------------------------------------------------
+// ---- probabilities
+// ----------------------------------------------------------------------------------------------------------
 
-// e^x for x <= 0 to about one unit in the last place (the polynomial of Cephes' expf); 0 where the result would be subnormal.
+// e^x for x <= 0 to about one unit in the last place (the polynomial of Cephes' expf); 0 where the result would be
+// subnormal.
 inline vf exp_negative(vf x) {
-  const vf shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+  const vf shifter =
+      splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
   const vf shifted = vfma(x, splat(1.44269504088896341f), shifter), n = shifted - shifter;
   const vf r = vfma(n, splat(2.12194440e-4f), vfma(n, splat(-0.693359375f), x));
   vf p = splat(1.9875691500e-4f);
@@ -252,14 +266,19 @@ struct Strip {  // 16 pixels: the probabilities of class c are load(value + c * 
   vf operator()(int64_t c) const { return load(value + c * kLanes) * scale; }
 };
 
-// The class probabilities of one image, a strip at a time: softmax of the upsampled logits (or the given values), its mean with
-// the mirrored image's, times the prior. Every pass computes them here, so every pass sees the same bits.
+// The class probabilities of one image, a strip at a time: softmax of the upsampled logits (or the given values), its
+// mean with the mirrored image's, times the prior. Every pass computes them here, so every pass sees the same bits.
 template <typename S>
 class Probabilities {
  public:
   Probabilities(const Maps& maps, int64_t image, const Axis<float>& rows, const Axis<float>& columns)
-      : C_(maps.logits.size(1)), W_(columns.i0.size()), area_(rows.i0.size() * W_), softmax_(!maps.probabilities),
-        prior_(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr), value_(C_ * kLanes), mirrored_(C_ * kLanes) {
+      : C_(maps.logits.size(1)),
+        W_(columns.i0.size()),
+        area_(rows.i0.size() * W_),
+        softmax_(!maps.probabilities),
+        prior_(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr),
+        value_(C_ * kLanes),
+        mirrored_(C_ * kLanes) {
     const int64_t h = maps.logits.size(2), w = maps.logits.size(3), offset = image * C_ * h * w;
     maps_.emplace_back(maps.logits.const_data_ptr<S>() + offset, C_, h, w, rows, columns, false);
     if (maps.flipped) maps_.emplace_back(maps.flipped->const_data_ptr<S>() + offset, C_, h, w, rows, columns, true);
@@ -318,7 +337,8 @@ class Probabilities {
 template <typename Visit>
 void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const Visit& visit) {
   const int64_t H = size[0], W = size[1], all = maps.logits.size(0) * H;
-  const Axis<float> rows(maps.logits.size(2), H, maps.align_corners), columns(maps.logits.size(3), W, maps.align_corners);
+  const Axis<float> rows(maps.logits.size(2), H, maps.align_corners),
+      columns(maps.logits.size(3), W, maps.align_corners);
   std::atomic<bool> finite{true};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, maps.logits.scalar_type(), "pseudo_label", [&] {
     at::parallel_for(0, all, parallel ? rows_per_task(all, W) : all, [&](int64_t begin, int64_t end) {
@@ -345,7 +365,8 @@ void store_labels(uint8_t* out, vi index, int64_t n) {
   std::memcpy(out, &narrow, n);
 }
 
-// ---- thresholds -------------------------------------------------------------------------------------------------------------
+// ---- thresholds
+// -------------------------------------------------------------------------------------------------------------
 
 inline int32_t bits_of(float confidence) {
   return confidence > 0.f ? __builtin_bit_cast(int32_t, confidence) : confidence <= 0.f ? 0 : kInvalid << kBinBits;
@@ -372,7 +393,8 @@ Counter counter(at::Tensor& hist, const std::optional<at::Tensor>& bins) {
   return {hist.mutable_data_ptr<int64_t>(), hist.size(1), bins ? bins->const_data_ptr<int64_t>() : nullptr};
 }
 
-// Every rate-th pixel of each class in raster order. Neighbours mostly have one class, so work goes by runs of equal labels.
+// Every rate-th pixel of each class in raster order. Neighbours mostly have one class, so work goes by runs of equal
+// labels.
 void count_image(const uint8_t* label, const float* confidence, int64_t pixels, int64_t classes, int64_t rate,
                  const Counter& count, bool sample) {
   std::vector<int64_t> skip(classes, 0);  // pixels of the class to pass over before the next sample
@@ -394,19 +416,21 @@ void count_image(const uint8_t* label, const float* confidence, int64_t pixels, 
   }
 }
 
-void count_images(const at::Tensor& label, const at::Tensor& confidence, int64_t classes, int64_t rate, const Counter& count,
-                  bool sample) {
+void count_images(const at::Tensor& label, const at::Tensor& confidence, int64_t classes, int64_t rate,
+                  const Counter& count, bool sample) {
   const int64_t area = label.size(1) * label.size(2);
   for (int64_t i = 0; i < label.size(0); ++i) {
-    count_image(label.const_data_ptr<uint8_t>() + i * area, confidence.const_data_ptr<float>() + i * area, area, classes, rate,
-                count, sample);
+    count_image(label.const_data_ptr<uint8_t>() + i * area, confidence.const_data_ptr<float>() + i * area, area,
+                classes, rate, count, sample);
   }
 }
 
 std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const std::optional<at::Tensor>& bins,
-                                                         const at::Tensor& logits, const std::optional<at::Tensor>& flipped,
+                                                         const at::Tensor& logits,
+                                                         const std::optional<at::Tensor>& flipped,
                                                          const std::optional<at::Tensor>& prior, at::IntArrayRef size,
-                                                         bool align_corners, bool probabilities, int64_t rate, bool own) {
+                                                         bool align_corners, bool probabilities, int64_t rate,
+                                                         bool own) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
   const int64_t C = logits.size(1), area = size[0] * size[1];
   check_histogram(hist, bins, C, rate);
@@ -415,7 +439,8 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   at::Tensor confidence = at::empty(label.sizes(), logits.options().dtype(at::kFloat));
   uint8_t* y = label.mutable_data_ptr<uint8_t>();
   float* top = confidence.mutable_data_ptr<float>();
-  // Counters are shared: a class's own probabilities are counted by one thread, everything else after the parallel part.
+  // Counters are shared: a class's own probabilities are counted by one thread, everything else after the parallel
+  // part.
   for_each_strip(maps, size, !own, [&](const Strip& p, int64_t first, int64_t n) {
     vf best = p(0);
     vi index{};
@@ -443,19 +468,22 @@ void count_confidences_(at::Tensor& hist, const std::optional<at::Tensor>& bins,
   count_images(label.contiguous(), confidence.contiguous(), hist.size(0), rate, counter(hist, bins), true);
 }
 
-// ---- labels -----------------------------------------------------------------------------------------------------------------
+// ---- labels
+// -----------------------------------------------------------------------------------------------------------------
 
-at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_, const std::optional<at::Tensor>& flipped,
-                        const std::optional<at::Tensor>& prior, at::IntArrayRef size, bool align_corners, bool probabilities) {
+at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
+                        const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,
+                        at::IntArrayRef size, bool align_corners, bool probabilities) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
   const int64_t C = logits.size(1);
-  TORCH_CHECK_VALUE(thresholds_.scalar_type() == at::kFloat && thresholds_.numel() == C, "thresholds: expected float32 [", C,
-                    "]");
+  TORCH_CHECK_VALUE(thresholds_.scalar_type() == at::kFloat && thresholds_.numel() == C,
+                    "thresholds: expected float32 [", C, "]");
   const at::Tensor thresholds = thresholds_.contiguous();
   const float* t = thresholds.const_data_ptr<float>();
   TORCH_CHECK_VALUE(std::all_of(t, t + C, [](float x) { return x > 0.f; }), "thresholds must be positive numbers");
-  // The exact quotients p / t decide, but 19 divisions a pixel would take longer than reading the logits. p * (1 / t) is within
-  // 2^-22 of the quotient (unless 1 / t overflows), so it names the winner unless the runner-up is as close as 2^-20.
+  // The exact quotients p / t decide, but 19 divisions a pixel would take longer than reading the logits. p * (1 / t)
+  // is within 2^-22 of the quotient (unless 1 / t overflows), so it names the winner unless the runner-up is as close
+  // as 2^-20.
   const float near = 1.f - 0x1p-20f;
   const bool exact_only = std::any_of(t, t + C, [](float x) { return x < 0x1p-100f; });
   std::vector<float> inverse(C);

@@ -1,4 +1,5 @@
-// Sixteen floats (or eight doubles) at a time in the compilers' portable vector types: AVX-512, AVX2, NEON or plain code.
+// Sixteen floats (or eight doubles) at a time in the compilers' portable vector types: AVX-512, AVX2, NEON or plain
+// code.
 #pragma once
 #include <cmath>
 #include <cstdint>

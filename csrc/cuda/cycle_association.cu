@@ -26,7 +26,8 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kPanelRows = 1024;
 constexpr unsigned kAll = 0xffffffffu;
 
-// Float64 dot product by one warp, in the order of csrc/cpu/argmax.h: lane l < 16 sums k mod 16 = l. Every lane gets it.
+// Float64 dot product by one warp, in the order of csrc/cpu/argmax.h: lane l < 16 sums k mod 16 = l. Every lane gets
+// it.
 template <class T>
 __device__ double exact_dot(const T* x, const T* y, int64_t c) {
   const int lane = threadIdx.x % 32;
@@ -49,8 +50,8 @@ __global__ void norm_kernel(const T* x, int64_t n, int64_t c, T* norm) {
 template <class T>
 struct View {
   const T *x, *margin;
-  T* best;         // the largest tile value
-  double* exact;   // the largest float64 value, and where
+  T* best;        // the largest tile value
+  double* exact;  // the largest float64 value, and where
   int64_t* index;
   int64_t n;
 };
@@ -60,7 +61,8 @@ __device__ void keep(const View<T>& mine, int64_t i, double value, int64_t j) {
   if (value > mine.exact[i] || (value == mine.exact[i] && j < mine.index[i])) mine.exact[i] = value, mine.index[i] = j;
 }
 
-// A warp for each row of the panel s [rows, cols.n]: the maximum, then float64 for all that the margin does not exclude.
+// A warp for each row of the panel s [rows, cols.n]: the maximum, then float64 for all that the margin does not
+// exclude.
 template <class T>
 __global__ void row_kernel(const T* s, int64_t row0, int64_t count, View<T> rows, View<T> cols, int64_t c) {
   const int64_t r = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, i = row0 + r;
@@ -109,9 +111,12 @@ template <class T>
 struct Side {
   Tensor x, length, margin, best, exact, index;
   View<T> view() const {
-    return {x.template const_data_ptr<T>(),      margin.template const_data_ptr<T>(),
-            best.template mutable_data_ptr<T>(), exact.template mutable_data_ptr<double>(),
-            index.template mutable_data_ptr<int64_t>(), x.size(0)};
+    return {x.template const_data_ptr<T>(),
+            margin.template const_data_ptr<T>(),
+            best.template mutable_data_ptr<T>(),
+            exact.template mutable_data_ptr<double>(),
+            index.template mutable_data_ptr<int64_t>(),
+            x.size(0)};
   }
 };
 
@@ -184,7 +189,8 @@ Tensor product_argmax(const Tensor& x, const Tensor& y) {
   const c10::cuda::CUDAGuard guard(x.device());
   Tensor index;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "product_argmax", [&] {
-    auto left = make_side<scalar_t>(x, false, "product_argmax: x"), right = make_side<scalar_t>(y, false, "product_argmax: y");
+    auto left = make_side<scalar_t>(x, false, "product_argmax: x"),
+         right = make_side<scalar_t>(y, false, "product_argmax: y");
     scan(left, right, false);
     index = left.index;
   });
@@ -193,11 +199,15 @@ Tensor product_argmax(const Tensor& x, const Tensor& y) {
 
 struct Add {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a + b; }
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Max {
   template <class T>
-  __device__ T operator()(T a, T b) const { return a > b ? a : b; }
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
 };
 
 // Over the block, in a fixed tree; every thread gets the result.
@@ -242,15 +252,16 @@ __global__ void softmax_kernel(T* s, const T* scale, int64_t n, bool contrast, T
 
 Tensor contrast_softmax_(Tensor& s, const std::optional<Tensor>& col_scale, bool contrast) {
   TORCH_CHECK_VALUE(s.dim() == 2 && s.is_contiguous(), "contrast_softmax_: s must be a contiguous matrix");
-  TORCH_CHECK_VALUE(!col_scale || col_scale->numel() == s.size(1), "contrast_softmax_: one scale for each column expected");
+  TORCH_CHECK_VALUE(!col_scale || col_scale->numel() == s.size(1),
+                    "contrast_softmax_: one scale for each column expected");
   const c10::cuda::CUDAGuard guard(s.device());
   const auto scale = col_scale ? col_scale->to(s.scalar_type()).contiguous() : Tensor();
   auto inverse = at::empty({s.size(0)}, s.options());
   if (s.numel() == 0) return inverse;
   AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "contrast_softmax_", [&] {
     softmax_kernel<scalar_t><<<s.size(0), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        s.mutable_data_ptr<scalar_t>(), scale.defined() ? scale.const_data_ptr<scalar_t>() : nullptr, s.size(1), contrast,
-        std::numeric_limits<scalar_t>::epsilon(), inverse.mutable_data_ptr<scalar_t>());
+        s.mutable_data_ptr<scalar_t>(), scale.defined() ? scale.const_data_ptr<scalar_t>() : nullptr, s.size(1),
+        contrast, std::numeric_limits<scalar_t>::epsilon(), inverse.mutable_data_ptr<scalar_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return inverse;

@@ -1,6 +1,6 @@
-// Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps: one thread a pixel, which reads its logits again for
-// each of the softmax's steps (maximum, sum, result) instead of storing them. All rounding steps are spelled out (_rn), so that
-// every kernel sees the same bits, whatever the compiler would fuse.
+// Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps: one thread a pixel, which reads its logits again
+// for each of the softmax's steps (maximum, sum, result) instead of storing them. All rounding steps are spelled out
+// (_rn), so that every kernel sees the same bits, whatever the compiler would fuse.
 #include "pseudo_label.h"
 
 #include <ATen/ATen.h>
@@ -37,8 +37,12 @@ struct Axis {  // the bilinear weights of one axis, in the arithmetic of the CPU
   T scale;
 
   Axis(int64_t in, int64_t out, bool align_corners)
-      : in(in), out(out), align_corners(align_corners),
-        scale(!align_corners ? T(in) / T(out) : out > 1 ? T(in - 1) / T(out - 1) : T(0)) {}
+      : in(in),
+        out(out),
+        align_corners(align_corners),
+        scale(!align_corners ? T(in) / T(out)
+              : out > 1      ? T(in - 1) / T(out - 1)
+                             : T(0)) {}
 
   __device__ void locate(int64_t i, int64_t& i0, int64_t& i1, T& w0, T& w1) const {
     T x = in == out ? T(i) : align_corners ? mul(scale, T(i)) : fma_(scale, T(i) + T(0.5), T(-0.5));
@@ -69,7 +73,8 @@ struct Map {  // logits [N, C, h, w] seen at size H x W. S: stored type, T: arit
       const S* map = image + c * area;
       const T a = static_cast<T>(map[corner[0]]);
       if (in_place) return a;
-      const T b = static_cast<T>(map[corner[1]]), d = static_cast<T>(map[corner[2]]), e = static_cast<T>(map[corner[3]]);
+      const T b = static_cast<T>(map[corner[1]]), d = static_cast<T>(map[corner[2]]),
+              e = static_cast<T>(map[corner[3]]);
       return fma_(fma_(a, left, mul(b, right)), top, mul(fma_(d, left, mul(e, right)), bottom));
     }
   };
@@ -90,7 +95,8 @@ struct Map {  // logits [N, C, h, w] seen at size H x W. S: stored type, T: arit
   }
 };
 
-// ---- label maps -------------------------------------------------------------------------------------------------------------
+// ---- label maps
+// -------------------------------------------------------------------------------------------------------------
 
 template <typename S, typename T>
 __global__ void upsample_argmax_kernel(Map<S, T> map, int64_t pixels, uint8_t* label) {
@@ -131,7 +137,8 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
   return label;
 }
 
-// ---- probabilities ----------------------------------------------------------------------------------------------------------
+// ---- probabilities
+// ----------------------------------------------------------------------------------------------------------
 
 template <typename S>
 struct Source {
@@ -140,8 +147,10 @@ struct Source {
   bool softmax, flipped;
 
   Source(const Maps& maps, at::IntArrayRef size)
-      : straight(map(maps.logits, maps, size, false)), mirrored(map(maps.flipped.value_or(maps.logits), maps, size, true)),
-        prior(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr), softmax(!maps.probabilities),
+      : straight(map(maps.logits, maps, size, false)),
+        mirrored(map(maps.flipped.value_or(maps.logits), maps, size, true)),
+        prior(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr),
+        softmax(!maps.probabilities),
         flipped(maps.flipped.has_value()) {}
 
   static Map<S, float> map(const at::Tensor& x, const Maps& maps, at::IntArrayRef size, bool mirror) {
@@ -191,7 +200,8 @@ struct Source {
   }
 };
 
-// ---- thresholds -------------------------------------------------------------------------------------------------------------
+// ---- thresholds
+// -------------------------------------------------------------------------------------------------------------
 
 __device__ void count(int64_t* hist, const int64_t* bins, int64_t c, float confidence) {
   const int32_t bits = confidence > 0.f ? __float_as_int(confidence) : confidence <= 0.f ? 0 : kInvalid << kBinBits;
@@ -202,8 +212,8 @@ __device__ void count(int64_t* hist, const int64_t* bins, int64_t c, float confi
 }
 
 template <typename S>
-__global__ void confidence_kernel(Source<S> source, int64_t pixels, uint8_t* label, float* confidence, int64_t rate, bool own,
-                                  int64_t* hist, const int64_t* bins) {
+__global__ void confidence_kernel(Source<S> source, int64_t pixels, uint8_t* label, float* confidence, int64_t rate,
+                                  bool own, int64_t* hist, const int64_t* bins) {
   const int64_t area = source.straight.rows.out * source.straight.columns.out;
   for (int64_t i = first_item(); i < pixels; i += item_step()) {
     const auto p = source.pixel(i);
@@ -224,7 +234,8 @@ __global__ void confidence_kernel(Source<S> source, int64_t pixels, uint8_t* lab
 }
 
 // counts[image][chunk][class] of the labels in chunks of kChunk pixels; one block a chunk.
-__global__ void chunk_counts_kernel(const uint8_t* label, int64_t area, int64_t chunks, int64_t classes, int64_t* counts) {
+__global__ void chunk_counts_kernel(const uint8_t* label, int64_t area, int64_t chunks, int64_t classes,
+                                    int64_t* counts) {
   __shared__ int found[256];
   for (int c = threadIdx.x; c < 256; c += blockDim.x) found[c] = 0;
   __syncthreads();
@@ -234,9 +245,11 @@ __global__ void chunk_counts_kernel(const uint8_t* label, int64_t area, int64_t 
   for (int c = threadIdx.x; c < classes; c += blockDim.x) counts[blockIdx.x * classes + c] = found[c];
 }
 
-// Counts every rate-th pixel of each class of each image; before[image][chunk][class] pixels of the class precede the chunk.
-__global__ void sample_kernel(const uint8_t* label, const float* confidence, int64_t area, int64_t chunks, int64_t classes,
-                              const int64_t* before, int64_t rate, int64_t* hist, const int64_t* bins) {
+// Counts every rate-th pixel of each class of each image; before[image][chunk][class] pixels of the class precede the
+// chunk.
+__global__ void sample_kernel(const uint8_t* label, const float* confidence, int64_t area, int64_t chunks,
+                              int64_t classes, const int64_t* before, int64_t rate, int64_t* hist,
+                              const int64_t* bins) {
   __shared__ int in_warp[kWarps][256];
   for (int c = threadIdx.x; c < kWarps * 256; c += blockDim.x) in_warp[0][c] = 0;
   __syncthreads();
@@ -279,9 +292,11 @@ void count_images(at::Tensor& hist, const std::optional<at::Tensor>& bins, const
 }
 
 std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const std::optional<at::Tensor>& bins,
-                                                         const at::Tensor& logits, const std::optional<at::Tensor>& flipped,
+                                                         const at::Tensor& logits,
+                                                         const std::optional<at::Tensor>& flipped,
                                                          const std::optional<at::Tensor>& prior, at::IntArrayRef size,
-                                                         bool align_corners, bool probabilities, int64_t rate, bool own) {
+                                                         bool align_corners, bool probabilities, int64_t rate,
+                                                         bool own) {
   const c10::cuda::CUDAGuard guard(logits.device());
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
   check_histogram(hist, bins, logits.size(1), rate);
@@ -290,8 +305,8 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   if (label.numel() == 0) return {label, confidence};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "confidence_histogram_", [&] {
     confidence_kernel<<<blocks_for(label.numel()), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        Source<scalar_t>(maps, size), label.numel(), label.mutable_data_ptr<uint8_t>(), confidence.mutable_data_ptr<float>(),
-        rate, own, hist.mutable_data_ptr<int64_t>(), data(bins));
+        Source<scalar_t>(maps, size), label.numel(), label.mutable_data_ptr<uint8_t>(),
+        confidence.mutable_data_ptr<float>(), rate, own, hist.mutable_data_ptr<int64_t>(), data(bins));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   count_images(hist, bins, label, confidence, rate, !own);
@@ -306,7 +321,8 @@ void count_confidences_(at::Tensor& hist, const std::optional<at::Tensor>& bins,
   if (label.numel() > 0) count_images(hist, bins, label.contiguous(), confidence.contiguous(), rate, true);
 }
 
-// ---- labels -----------------------------------------------------------------------------------------------------------------
+// ---- labels
+// -----------------------------------------------------------------------------------------------------------------
 
 template <typename S>
 __global__ void pseudo_label_kernel(Source<S> source, int64_t pixels, const float* thresholds, uint8_t* label) {
@@ -324,8 +340,9 @@ __global__ void pseudo_label_kernel(Source<S> source, int64_t pixels, const floa
   }
 }
 
-at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_, const std::optional<at::Tensor>& flipped,
-                        const std::optional<at::Tensor>& prior, at::IntArrayRef size, bool align_corners, bool probabilities) {
+at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
+                        const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,
+                        at::IntArrayRef size, bool align_corners, bool probabilities) {
   const c10::cuda::CUDAGuard guard(logits.device());
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
   TORCH_CHECK_VALUE(thresholds_.scalar_type() == at::kFloat && thresholds_.numel() == logits.size(1),
@@ -335,7 +352,8 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
   if (label.numel() == 0) return label;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "pseudo_label", [&] {
     pseudo_label_kernel<<<blocks_for(label.numel()), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        Source<scalar_t>(maps, size), label.numel(), thresholds.const_data_ptr<float>(), label.mutable_data_ptr<uint8_t>());
+        Source<scalar_t>(maps, size), label.numel(), thresholds.const_data_ptr<float>(),
+        label.mutable_data_ptr<uint8_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return label;
