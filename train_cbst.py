@@ -467,293 +467,373 @@ def open_prior(args: argparse.Namespace, data: Pair, folder: Path, run: running.
     return balanced_prior(prior) if args.prior_norm == "class" else prior
 
 
+def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.Module, dict, str]:
+    """--restore-from as (network, the conventions it was trained with, what was loaded). Raises UserError."""
+    weights, meta = checkpoint.read_weights(args.restore_from)
+    known = {"aspp": "full", "pixels": "imagenet", "stride_on": "1x1", **checkpoint.recognise(weights), **meta}
+    known |= {key: getattr(args, key) for key in ("model", "arch", "aspp", "pixels") if getattr(args, key)}
+    if known["num_classes"] != len(classes) or known.get("classes", list(classes)) != list(classes):
+        raise UserError(f"{args.restore_from} tells {known['num_classes']} classes apart, not the {len(classes)} of "
+                        f"this run ({', '.join(classes)}): choose --source, --target and --num-classes to fit")
+    net = build(known["model"], len(classes), known["arch"], known["aspp"], known["stride_on"])
+    loaded = checkpoint.load_into(net, weights, source=args.restore_from)
+    if loaded.missing or loaded.mismatched:
+        raise UserError(f"{args.restore_from} does not fill the network: {loaded}. Is --model or --arch wrong?")
+    return net, known, f"{args.restore_from}: {loaded}"
+
+
+class SelfTraining:
+    """A run: its data and network, and how far its rounds have come.
+
+    A round has two stages: "label" (with its own progress.pth) and "train".
+    """
+
+    def __init__(self, args: argparse.Namespace, run: running.Run, data: Pair):
+        self.args, self.run, self.data, self.classes = args, run, data, data.classes
+        self.folder = Path(args.snapshot_dir)
+        self.resume_file = self.folder / "resume.pth"
+        if self.resume_file.exists() and not args.resume:
+            raise UserError(f"{self.folder} holds an earlier run: --resume goes on with it; else choose another "
+                            "--snapshot-dir")
+        self.net, self.known, self.loaded = open_network(args, data.classes)
+        self.pixels = self.known["pixels"]
+        set_bn_affine(self.net, args.bn_affine == "train")
+        self.net.to(run.device, memory_format=run.memory_format)
+        if run.world > 1 and run.device.type == "cuda" and args.is_training:
+            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+        self.scaler, self.optimizer = run.scaler(), self.new_optimizer()
+        self.prior = open_prior(args, data, self.folder, run)
+        self.prior_here = None if self.prior is None else self.prior.to(run.device)
+        self.reports: list[dict] = []
+        self.confusion: Tensor | None = None  # of the network that entered the last round, on the validation set
+
+        self.views_t = predict.ViewSet(data.target.images, args.input_size_target, self.pixels, (args.eval_scale,))
+        self.views_v = None if data.validation is None else predict.ViewSet(
+            data.validation.images, args.input_size_target, self.pixels, args.test_scales)
+        with Image.open(data.target.images[0]) as image:
+            self.shown_size = list(args.input_size_target or image.size)
+        ids, unlabelled = written_values(data.task)
+        self.to_ids = np.full(256, unlabelled, np.uint8)
+        self.to_ids[:len(self.classes)] = [ids[data.task.classes.index(name)] for name in self.classes]
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        args = self.args
+        return deeplab_sgd(self.net, args.sgd, args.learning_rate, args.momentum, args.weight_decay)
+
+    # --- the schedule
+
+    def chosen_in(self, r: int) -> list[int]:
+        """The source images of round r."""
+        args = self.args
+        share = portion(args.init_src_port, args.src_port_step, args.max_src_port, r)
+        return source_sample(len(self.data.source), share, args.random_seed, r, args.src_sampling_policy)
+
+    def steps_of(self, r: int) -> int:
+        images = len(self.chosen_in(r)) + len(self.data.target)
+        return max(1, self.args.epr * images // (self.args.batch_size * self.run.world))
+
+    def steps_before(self, r: int) -> int:
+        return sum(map(self.steps_of, range(r)))
+
+    # --- what a killed run goes on from
+
+    def resume(self) -> tuple[int, str, int] | None:
+        """(round, stage, steps done) of resume.pth, whose state is loaded; None: there is none."""
+        args = self.args
+        arguments = {k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}
+        arguments["nproc_per_node"] = self.run.world
+        self.arguments = json.loads(json.dumps(arguments))  # lists for tuples, as they come back
+        if not self.resume_file.exists():
+            if args.resume:
+                self.run.say(f"note: there is no {self.resume_file} yet: starting at the beginning")
+            return None
+        state = checkpoint.load_resume(self.resume_file, self.net, [], [self.optimizer], self.scaler, self.arguments,
+                                       FREE_ARGUMENTS)
+        r, stage, done, self.reports, self.confusion = (
+            state[k] for k in ("round", "stage", "iteration", "reports", "confusion"))
+        if stage == "train" and "thresholds" not in self.reports[-1] and r < args.num_rounds - 1:
+            stage, self.reports = "label", self.reports[:-1]  # it ended here, with fewer --num-rounds
+            if self.run.is_main and (self.folder / str(r)).exists():
+                os.replace(self.folder / str(r), self.work(r))
+        self.loaded = f"resumed in round {r}, {stage}" + f", step {done}" * (stage == "train")
+        return r, stage, done
+
+    def save(self, r: int, stage: str, iteration: int = 0) -> None:
+        if self.run.is_main:
+            checkpoint.save_resume(self.resume_file, self.net, [], [self.optimizer], self.scaler, self.meta(r), round=r,
+                                   stage=stage, iteration=iteration, reports=self.reports, confusion=self.confusion,
+                                   arguments=self.arguments)
+        self.run.barrier()
+
+    def meta(self, r: int) -> dict[str, object]:
+        known = {key: self.known[key] for key in ("model", "arch", "aspp", "stride_on", "pixels")}
+        return {"script": "train_cbst.py", "round": r, **known, "task": self.args.target,
+                "classes": list(self.classes), "size": self.shown_size, "align_corners": True}
+
+    def work(self, r: int) -> Path:
+        """The folder of round r until it is complete."""
+        return self.folder / f"{r}.partial"
+
+    def weights_before(self, r: int) -> str:
+        """The weights that entered the round before r: the last good ones if those that enter r have gone wrong."""
+        return str(self.folder / f"{r - 2}/weights.pth") if r > 1 else self.args.restore_from
+
+    def enter(self, r: int) -> None:
+        """The network is what enters round r; as the result of round r - 1 it is saved, then that round is complete."""
+        args, data = self.args, self.data
+        if args.bn_stats != "running":
+            of_source = self.chosen_in(r) if args.bn_stats == "both" else []
+            images = data.target.images + [data.source.images[i] for i in of_source]
+            self.net.load_state_dict(predict.reestimate_bn(self.net, images, args.input_size_target, self.pixels,
+                                                           self.run, args.num_workers).state_dict())
+        if self.run.is_main and r:
+            checkpoint.save_weights(self.net, self.work(r - 1) / "weights.pth", self.meta(r))
+        self.save(r, "label")
+
+    # --- stage "label"
+
+    def label(self, r: int, stop: running.StopRequest) -> bool:
+        """Score the network that enters round r and, but in the last one, label the target. False: told to leave."""
+        args, run, c, last = self.args, self.run, len(self.classes), r == self.args.num_rounds - 1
+        net, work, report = predict.prepare(self.net), self.work(r), {"round": r}
+        progress = rounds.Progress(work / "progress.pth", run, {
+            "hist": ops.new_histogram(c, run.device), "fine": ops.new_histogram(c, run.device, fine=True),
+            "scored": torch.zeros(c, c, dtype=torch.int64, device=run.device),
+            "counted": torch.zeros(256, dtype=torch.int64, device=run.device)}, args.save_pred_every, stop)
+        load = partial(predict.image_logits, net, self.views_t, run=run, flip=args.test_flipping,
+                       workers=args.num_workers, cache={}, room=args.cache_mb << 20)
+        try:
+            report |= self.score(r, net, progress)
+            found, predicted = (None, None) if last else self.select(r, progress, load)
+        except ValueError as error:
+            raise UserError(f"round {r}: {error}. Last good checkpoint: {self.weights_before(r)}") from None
+        if not last:
+            self.write_labels(r, found, progress, load)
+        if progress.left:
+            run.say(f"stopped in round {r}; --resume goes on from {self.folder}")
+            return False
+        if not last:
+            report |= self.selection_report(r, found, predicted, run.sum(progress.counts["counted"]))
+            run.say(f"round {r}: portion {report['target_portion']:.3g}, {100 * report['labelled_share']:.1f} % of the "
+                    f"pixels labelled, {report['source_images']} source images; rare: "
+                    f"{', '.join(report['rare']) or 'none'}; mined: {', '.join(report['mine']) or 'none'}\n"
+                    f"{rounds.round_table(report)}")
+        self.reports = [*self.reports, report]
+        if run.is_main:
+            rounds.write_text(work / "report.json", json.dumps(report, indent=1) + "\n")
+            rounds.write_rounds(self.reports, self.folder)
+        self.optimizer = self.new_optimizer()
+        self.save(r, "train")
+        return True
+
+    def score(self, r: int, net: nn.Module, progress: rounds.Progress) -> dict[str, object]:
+        """The validation set's entries of the report; the best weights so far are kept."""
+        args, run, data, classes = self.args, self.run, self.data, self.classes
+        load = partial(predict.load_views, self.views_v, workers=args.num_workers)
+        for index, item in progress.sweep(0, 0 if self.views_v is None else len(self.views_v), load):
+            label = predict.predict(net, item.tensors, item.image.shape[1::-1], run, flip=args.score_flipping)
+            progress.counts["scored"] += score_label(label, data.validation.truth(index), len(classes),
+                                                     data.task.ignore)
+        if self.views_v is None or progress.left:
+            return {}
+        self.confusion = run.sum(progress.counts["scored"]).cpu()
+        score = 100 * mean_iou(self.confusion.numpy())
+        best = max((x["mIoU"] for x in self.reports), default=None)
+        if run.is_main and (best is None or score > best):
+            checkpoint.save_weights(self.net, self.folder / "best.pth", {**self.meta(r), "mIoU": score})
+        run.say(f"round {r}: target mIoU {score:.2f}"
+                + ("" if best is None else f" (best so far {max(best, score):.2f})"))
+        if 0 < r == args.num_rounds - 1:
+            require_diverse(self.confusion.sum(0), classes, args.collapse, r, self.weights_before(r))
+        return {"mIoU": score, "iou": iou_dict(classes, self.confusion.numpy())["iou"]}
+
+    def select(self, r: int, progress: rounds.Progress, load: Callable
+               ) -> tuple[ops.Thresholds | None, Tensor | None]:
+        """Zou et al., algorithm 2: the k-th largest confidence of each class; (thresholds, predicted pixels [C])."""
+        args, run = self.args, self.run
+        options = dict(prior=self.prior_here, ds_rate=args.ds_rate, value=args.kc_value)
+        hist, fine = progress.counts["hist"], progress.counts["fine"]
+        threshold = partial(ops.select_threshold, portion=self.target_portion(r), pooled=args.kc_policy == "global")
+        for index, (shape, logits) in progress.sweep(1, len(self.views_t), load):
+            if self.prior is not None and self.prior.shape[1:] != shape:
+                raise UserError(f"{self.data.target.images[index]} is {shape[1]}x{shape[0]}, the spatial prior "
+                                f"{self.prior.shape[2]}x{self.prior.shape[1]}: target images must have its size")
+            ops.confidence_histogram_(hist, logits[0], shape, flipped=mirrored(logits), **options)
+        if progress.left:
+            return None, None
+        predicted = ops.predicted_pixels(run.sum(hist))
+        require_diverse(predicted, self.classes, args.collapse, r, self.weights_before(r))
+        bins = threshold(run.sum(hist)).bins
+        for _, (shape, logits) in progress.sweep(2, len(self.views_t), load):
+            ops.refine_histogram_(fine, bins, logits[0], shape, flipped=mirrored(logits), **options)
+        return None if progress.left else threshold(run.sum(hist), fine=run.sum(fine)), predicted
+
+    def target_portion(self, r: int) -> float:
+        return portion(self.args.init_tgt_port, self.args.tgt_port_step, self.args.max_tgt_port, r)
+
+    def labelled(self, r: int) -> ImageFolder:
+        """The target with the labels of round r."""
+        folder = copy.copy(self.data.target)
+        folder.labels = [rounds.label_file(self.work(r) / "pseudo_labels", folder, i) for i in range(len(folder))]
+        return folder
+
+    def write_labels(self, r: int, found: ops.Thresholds | None, progress: rounds.Progress, load: Callable) -> None:
+        """pseudo_labels with their description, and source.txt."""
+        args, work, labelled = self.args, self.work(r), self.labelled(r)
+        for index, (shape, logits) in progress.sweep(3, len(self.views_t), load):
+            if args.lr_weight_ent:
+                (work / "logits").mkdir(parents=True, exist_ok=True)
+                np.save(work / f"logits/{index}.npy", logits.cpu().numpy())
+                label = soft_selection(logits.cpu(), shape, found.value.cpu(), args.lr_weight_ent, self.prior)
+            else:
+                label = ops.pseudo_label(logits[0], found.value, shape, flipped=mirrored(logits),
+                                         prior=self.prior_here)
+            label = label.cpu().numpy()
+            counted = torch.from_numpy(np.bincount(label.ravel(), minlength=256))
+            progress.counts["counted"] += counted.to(self.run.device)
+            rounds.write_png(Image.fromarray(self.to_ids[label]), labelled.labels[index])
+            if args.save_color:
+                rounds.write_png(visual.colour_map(label, self.data.palette),
+                                 rounds.label_file(work / "pseudo_labels_color", self.data.target, index))
+        if self.run.is_main and not progress.left:
+            rounds.write_description(labelled, work, self.folder / str(r))
+            source = self.data.source
+            rounds.write_list([source.images[i] for i in self.chosen_in(r)], source.root, work / "source.txt")
+
+    def selection_report(self, r: int, found: ops.Thresholds, predicted: Tensor, counted: Tensor) -> dict[str, object]:
+        """The labels' entries of the report. counted: pixels [256] by label."""
+        classes = self.classes
+        rare, mine = rare_classes(predicted, self.args.rare_cls_num, self.args.mine_port)
+        report = {"target_portion": self.target_portion(r), "source_images": len(self.chosen_in(r))}
+        report |= {key: dict(zip(classes, values.tolist(), strict=True)) for key, values in (
+            ("thresholds", found.value), ("selected", found.selected), ("predicted", predicted),
+            ("labelled", counted[:len(classes)]))}
+        return report | {"labelled_share": sum(report["labelled"].values()) / int(counted.sum()),
+                         "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
+
+    # --- stage "train"
+
+    def training_set(self, r: int) -> RoundSet:
+        """The source subset and the pseudo-labels of round r."""
+        args, data, work, report, labelled = self.args, self.data, self.work(r), self.reports[r], self.labelled(r)
+        labelled.description = load_description(work / "pseudo_labels.json")
+        labelled.table = label_table(labelled.description, self.classes)
+        labelled.table[labelled.table == labelled.description.ignore] = IGNORE
+        if self.run.is_main and args.save_num_images:
+            rounds.draw_labels(data, labelled, args.save_num_images, work / "pictures.png")
+        soft = None
+        if args.lr_weight_ent:
+            soft = work / "logits", torch.tensor(list(report["thresholds"].values())), args.lr_weight_ent, self.prior
+        crop = dict(crop=args.crop_size, pixels=self.pixels, scale=args.random_scale, mirrored=args.random_mirror)
+        return RoundSet(data.source, self.chosen_in(r), labelled, crop, (args.input_size, args.input_size_target),
+                        [self.classes.index(name) for name in report["mine"]], args.mine_chance,
+                        (args.random_seed, r), soft)
+
+    def fit(self, r: int, first_step: int, stop: running.StopRequest, log: running.Log) -> bool:
+        """The training of round r from a step on. False: told to leave."""
+        args, run, steps, offset = self.args, self.run, self.steps_of(r), self.steps_before(r)
+        batches = endless(self.training_set(r), args.batch_size, args.num_workers, seed=1000 * args.random_seed + r,
+                          start=first_step, rank=run.rank, world=run.world, pin=run.device.type == "cuda")
+        set_train_mode(self.net, freeze_bn=not args.is_training)
+        for i in range(first_step, steps):
+            lr = set_poly_lr(self.optimizer, args.learning_rate, i, steps, args.power)
+            self.optimizer.zero_grad()
+            batch = next(batches)
+            losses = self_training_backward(
+                self.net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
+                mr_weight_kld=args.mr_weight_kld, run=run, scale=self.scaler.scale)
+            values = run.mean_values({key: loss.detach() for key, loss in losses.items()})
+            running.require_finite(values, offset + i + 1, batch.name, Path(self.weights_before(r + 1)))
+            run.average_gradients([self.net])
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+            done = i + 1
+            log.step()
+            if done % args.log_every == 0 or done == steps:
+                log.losses(offset + done, {"round": r, **values, "lr": lr})
+            leaving = run.any(stop.signal is not None)
+            if leaving or done % args.save_pred_every == 0:
+                self.save(r, "train", done)
+            if leaving:
+                run.say(f"stopped in round {r} after step {done} of {steps}; --resume goes on from {self.folder}")
+                return False
+        return True
+
+
+def say_header(this: SelfTraining, first: int) -> None:
+    args, run, data = this.args, this.run, this.data
+    kld = f"MRKLD with weight {args.mr_weight_kld} (what --mr-weight-kld {args.mr_weight_kld ** 0.5:.3g} did in the " \
+          "release)" if args.mr_weight_kld else ""
+    running.header(run, {
+        "kernels": ops.backend(), "weights": this.loaded,
+        "network": "{model} {arch}, {n} classes, ASPP {aspp}".format(**this.known, n=len(data.classes)),
+        "batch norm": f"weights {'train' if args.bn_affine == 'train' else 'frozen'}, statistics "
+                      f"{'update' if args.is_training else 'frozen'}"
+                      + {"running": "", "target": ", re-estimated on the target for each round",
+                         "both": ", re-estimated on both domains for each round"}[args.bn_stats],
+        "pixels": this.pixels,
+        "source": f"{len(data.source)} images of {args.source}, {len(this.chosen_in(0))} in round 0",
+        "target": f"{len(data.target)} images of {args.target} to label",
+        "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
+        "thresholds": {"cb": "one per class", "global": "one for all classes"}[args.kc_policy]
+                      + f" ({args.kc_value})" + f", spatial prior {args.spatial_prior}" * (this.prior is not None),
+        "losses": ", ".join(x for x in ("soft labels (LRENT)" if args.lr_weight_ent else "hard labels", kld) if x),
+        "batch": f"{args.batch_size * run.world} images a step = {args.batch_size} x {run.world} processes",
+        "rounds": f"{first} to {args.num_rounds - 1}, {this.steps_before(args.num_rounds - 1)} steps, SGD {args.sgd}",
+        "output": this.folder})
+
+
 def train(args: argparse.Namespace) -> Outcome | int:
     """One run; returns its outcome, or an exit code when it was asked to leave early."""
     run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
-
-    # data
     data = open_data(args)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
         return 0
-    classes, c = data.classes, len(data.classes)
-    folder = Path(args.snapshot_dir)
-    resume_file = folder / "resume.pth"
-    if resume_file.exists() and not args.resume:
-        raise UserError(f"{folder} holds an earlier run: --resume goes on with it; else choose another --snapshot-dir")
-
-    # the network, with the conventions it was trained with
-    weights, meta = checkpoint.read_weights(args.restore_from)
-    known = {"aspp": "full", "pixels": "imagenet", "stride_on": "1x1", **checkpoint.recognise(weights), **meta}
-    known |= {key: getattr(args, key) for key in ("model", "arch", "aspp", "pixels") if getattr(args, key)}
-    if known["num_classes"] != c or known.get("classes", list(classes)) != list(classes):
-        raise UserError(f"{args.restore_from} tells {known['num_classes']} classes apart, not the {c} of this run "
-                        f"({', '.join(classes)}): choose --source, --target and --num-classes to fit")
-    net, pixels = build(known["model"], c, known["arch"], known["aspp"], known["stride_on"]), known["pixels"]
-    loaded = checkpoint.load_into(net, weights, source=args.restore_from)
-    if loaded.missing or loaded.mismatched:
-        raise UserError(f"{args.restore_from} does not fill the network: {loaded}. Is --model or --arch wrong?")
-    loaded = f"{args.restore_from}: {loaded}"
-    set_bn_affine(net, args.bn_affine == "train")
-    net.to(run.device, memory_format=run.memory_format)
-    if run.world > 1 and run.device.type == "cuda" and args.is_training:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    scaler = run.scaler()
-    prior = open_prior(args, data, folder, run)
-    prior_here = None if prior is None else prior.to(run.device)
-
-    def new_optimizer() -> torch.optim.Optimizer:
-        return deeplab_sgd(net, args.sgd, args.learning_rate, args.momentum, args.weight_decay)
-
-    def chosen_in(r: int) -> list[int]:
-        share = portion(args.init_src_port, args.src_port_step, args.max_src_port, r)
-        return source_sample(len(data.source), share, args.random_seed, r, args.src_sampling_policy)
-
-    def steps_of(r: int) -> int:
-        return max(1, args.epr * (len(chosen_in(r)) + len(data.target)) // (args.batch_size * run.world))
-
-    def steps_before(r: int) -> int:
-        return sum(map(steps_of, range(r)))
-
-    # resume; a round's stages are "label" (with its own progress.pth) and "train"
-    optimizer = new_optimizer()
-    arguments = {**{k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}, "nproc_per_node": run.world}
-    arguments = json.loads(json.dumps(arguments))  # lists for tuples, as they come back
-    first, stage, first_step, reports, confusion = 0, "label", 0, [], None
-    going_on = resume_file.exists()
-    if going_on:
-        state = checkpoint.load_resume(resume_file, net, [], [optimizer], scaler, arguments, FREE_ARGUMENTS)
-        first, stage, first_step, reports, confusion = (
-            state[k] for k in ("round", "stage", "iteration", "reports", "confusion"))
-        if stage == "train" and "thresholds" not in reports[-1] and first < args.num_rounds - 1:
-            stage, reports = "label", reports[:-1]  # it ended here, with fewer --num-rounds
-            if run.is_main and (folder / str(first)).exists():
-                os.replace(folder / str(first), folder / f"{first}.partial")
-        loaded = f"resumed in round {first}, {stage}" + f", step {first_step}" * (stage == "train")
-    elif args.resume:
-        run.say(f"note: there is no {resume_file} yet: starting at the beginning")
-
-    total = steps_before(args.num_rounds - 1)
-    kld = f"MRKLD with weight {args.mr_weight_kld} (what --mr-weight-kld {args.mr_weight_kld ** 0.5:.3g} did in the " \
-          "release)" if args.mr_weight_kld else ""
-    running.header(run, {
-        "kernels": ops.backend(), "weights": loaded,
-        "network": f"{known['model']} {known['arch']}, {c} classes, ASPP {known['aspp']}",
-        "batch norm": f"weights {'train' if args.bn_affine == 'train' else 'frozen'}, statistics "
-                      f"{'update' if args.is_training else 'frozen'}"
-                      + {"running": "", "target": ", re-estimated on the target for each round",
-                         "both": ", re-estimated on both domains for each round"}[args.bn_stats],
-        "pixels": pixels, "source": f"{len(data.source)} images of {args.source}, {len(chosen_in(0))} in round 0",
-        "target": f"{len(data.target)} images of {args.target} to label",
-        "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
-        "thresholds": {"cb": "one per class", "global": "one for all classes"}[args.kc_policy]
-                      + f" ({args.kc_value})" + f", spatial prior {args.spatial_prior}" * (prior is not None),
-        "losses": ", ".join(x for x in ("soft labels (LRENT)" if args.lr_weight_ent else "hard labels", kld) if x),
-        "batch": f"{args.batch_size * run.world} images a step = {args.batch_size} x {run.world} processes",
-        "rounds": f"{first} to {args.num_rounds - 1}, {total} steps, SGD {args.sgd}", "output": folder})
+    this = SelfTraining(args, run, data)
+    folder, found = this.folder, this.resume()
+    first, stage, first_step = found or (0, "label", 0)
+    say_header(this, first)
     if args.compile:
-        net.compile()
-
-    size_s, size_t = args.input_size, args.input_size_target
-    views_t = predict.ViewSet(data.target.images, size_t, pixels, (args.eval_scale,))
-    views_v = None if data.validation is None else \
-        predict.ViewSet(data.validation.images, size_t, pixels, args.test_scales)
-    with Image.open(data.target.images[0]) as image:
-        shown_size = list(size_t or image.size)
-    ids, unlabelled = written_values(data.task)
-    to_ids = np.full(256, unlabelled, np.uint8)
-    to_ids[:c] = [ids[data.task.classes.index(name)] for name in classes]
-
-    def meta_of(r: int) -> dict[str, object]:
-        return {"script": "train_cbst.py", "round": r, "model": known["model"], "arch": known["arch"],
-                "aspp": known["aspp"], "stride_on": known["stride_on"], "pixels": pixels, "task": args.target,
-                "classes": list(classes), "size": shown_size, "align_corners": True}
-
-    def save(r: int, stage: str, iteration: int = 0) -> None:
-        if run.is_main:
-            checkpoint.save_resume(resume_file, net, [], [optimizer], scaler, meta_of(r), round=r, stage=stage,
-                                   iteration=iteration, reports=reports, confusion=confusion, arguments=arguments)
-        run.barrier()
-
-    def enter(r: int) -> None:
-        """The network is what enters round r; as the result of round r - 1 it is saved, then that round is complete."""
-        if args.bn_stats != "running":
-            images = data.target.images + [data.source.images[i] for i in chosen_in(r)] * (args.bn_stats == "both")
-            net.load_state_dict(predict.reestimate_bn(net, images, size_t, pixels, run,
-                                                      args.num_workers).state_dict())
-        if run.is_main and r:
-            checkpoint.save_weights(net, folder / f"{r - 1}.partial/weights.pth", meta_of(r))
-        save(r, "label")
-
-    def weights_entering(r: int) -> str:
-        return str(folder / f"{r - 1}/weights.pth") if r > 0 else args.restore_from
-
-    if not going_on:
-        enter(0)
+        this.net.compile()
+    if not found:
+        this.enter(0)
     if args.subset is not None and run.is_main:
         rounds.write_list(data.target.images, data.target.root, folder / "subset.txt")
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = running.Log(run, folder / "log.jsonl", steps_before(first) + first_step, total, tensorboard)
+    log = running.Log(run, folder / "log.jsonl", this.steps_before(first) + first_step,
+                      this.steps_before(args.num_rounds - 1), tensorboard)
 
     with running.StopRequest() as stop:
         for r in range(first, args.num_rounds):
             if run.is_main:
                 rounds.complete(folder, r, drop=("progress.pth", "logits"))
             run.barrier()
-            last, work, chosen = r == args.num_rounds - 1, folder / f"{r}.partial", chosen_in(r)
-            labelled = copy.copy(data.target)
-            labelled.labels = [rounds.label_file(work / "pseudo_labels", data.target, i)
-                               for i in range(len(data.target))]
-
+            going_on = True
             if stage == "label":
-                fast, report = predict.prepare(net), {"round": r}
-                hist, fine = (ops.new_histogram(c, run.device, fine=f) for f in (False, True))
-                scored, counted = (torch.zeros(n, dtype=torch.int64, device=run.device) for n in ((c, c), (256,)))
-                progress = rounds.Progress(work / "progress.pth", run, dict(
-                    hist=hist, fine=fine, scored=scored, counted=counted), args.save_pred_every, stop)
-
-                try:
-                    # the score of the network that enters this round
-                    load = partial(predict.load_views, views_v, workers=args.num_workers)
-                    for index, item in progress.sweep(0, 0 if views_v is None else len(views_v), load):
-                        label = predict.predict(fast, item.tensors, item.image.shape[1::-1], run,
-                                                flip=args.score_flipping)
-                        scored += score_label(label, data.validation.truth(index), c, data.task.ignore)
-                    if views_v is not None and not progress.left:
-                        confusion = run.sum(scored).cpu()
-                        report |= {"mIoU": 100 * mean_iou(confusion.numpy()),
-                                   "iou": iou_dict(classes, confusion.numpy())["iou"]}
-                        best = max((x["mIoU"] for x in reports), default=None)
-                        if run.is_main and (best is None or report["mIoU"] > best):
-                            checkpoint.save_weights(net, folder / "best.pth", {**meta_of(r), "mIoU": report["mIoU"]})
-                        run.say(f"round {r}: target mIoU {report['mIoU']:.2f}"
-                                + ("" if best is None else f" (best so far {max(best, report['mIoU']):.2f})"))
-                        if last and r:
-                            require_diverse(confusion.sum(0), classes, args.collapse, r, weights_entering(r - 1))
-
-                    # Zou et al., algorithm 2: count confidences, take the k-th largest of each class, label
-                    to_label = 0 if last else len(views_t)
-                    load = partial(predict.image_logits, fast, views_t, run=run, flip=args.test_flipping,
-                                   workers=args.num_workers, cache={}, room=args.cache_mb << 20)
-                    options = dict(prior=prior_here, ds_rate=args.ds_rate, value=args.kc_value)
-                    p_t = portion(args.init_tgt_port, args.tgt_port_step, args.max_tgt_port, r)
-                    threshold = partial(ops.select_threshold, portion=p_t, pooled=args.kc_policy == "global")
-                    for index, (shape, logits) in progress.sweep(1, to_label, load):
-                        if prior is not None and prior.shape[1:] != shape:
-                            raise UserError(f"{data.target.images[index]} is {shape[1]}x{shape[0]}, the spatial prior "
-                                            f"{prior.shape[2]}x{prior.shape[1]}: target images must have its size")
-                        ops.confidence_histogram_(hist, logits[0], shape, flipped=mirrored(logits), **options)
-                    if not last and not progress.left:
-                        pixels_of = ops.predicted_pixels(run.sum(hist))
-                        require_diverse(pixels_of, classes, args.collapse, r, weights_entering(r - 1))
-                        bins = threshold(run.sum(hist)).bins
-                    for _, (shape, logits) in progress.sweep(2, to_label, load):
-                        ops.refine_histogram_(fine, bins, logits[0], shape, flipped=mirrored(logits), **options)
-                    if not last and not progress.left:
-                        found = threshold(run.sum(hist), fine=run.sum(fine))
-                except ValueError as error:
-                    raise UserError(f"round {r}: {error}. Last good checkpoint: {weights_entering(r - 1)}") from None
-                for index, (shape, logits) in progress.sweep(3, to_label, load):
-                    if args.lr_weight_ent:
-                        (work / "logits").mkdir(parents=True, exist_ok=True)
-                        np.save(work / f"logits/{index}.npy", logits.cpu().numpy())
-                        label = soft_selection(logits.cpu(), shape, found.value.cpu(), args.lr_weight_ent, prior)
-                    else:
-                        label = ops.pseudo_label(logits[0], found.value, shape, flipped=mirrored(logits),
-                                                 prior=prior_here)
-                    label = label.cpu().numpy()
-                    counted += torch.from_numpy(np.bincount(label.ravel(), minlength=256)).to(run.device)
-                    rounds.write_png(Image.fromarray(to_ids[label]), labelled.labels[index])
-                    if args.save_color:
-                        rounds.write_png(visual.colour_map(label, data.palette),
-                                         rounds.label_file(work / "pseudo_labels_color", data.target, index))
-                if progress.left:
-                    log.close()
-                    run.say(f"stopped in round {r}; --resume goes on from {folder}")
-                    return 128 + (stop.signal or 0)
-
-                # the report
-                if not last:
-                    counts, (rare, mine) = run.sum(counted), rare_classes(pixels_of, args.rare_cls_num, args.mine_port)
-                    report |= {"target_portion": p_t, "source_images": len(chosen)}
-                    report |= {key: dict(zip(classes, values.tolist(), strict=True)) for key, values in (
-                        ("thresholds", found.value), ("selected", found.selected), ("predicted", pixels_of),
-                        ("labelled", counts[:c]))}
-                    report |= {"labelled_share": int(counts[:c].sum()) / int(counts.sum()),
-                               "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
-                    run.say(f"round {r}: portion {p_t:.3g}, {100 * report['labelled_share']:.1f} % of the pixels "
-                            f"labelled, {len(chosen)} source images; rare: {', '.join(report['rare']) or 'none'}; "
-                            f"mined: {', '.join(report['mine']) or 'none'}\n{rounds.round_table(report)}")
-                reports = [*reports, report]
-                if run.is_main:
-                    if not last:
-                        rounds.write_description(labelled, work, folder / str(r))
-                        rounds.write_list([data.source.images[i] for i in chosen], data.source.root,
-                                          work / "source.txt")
-                    rounds.write_text(work / "report.json", json.dumps(report, indent=1) + "\n")
-                    rounds.write_rounds(reports, folder)
-                del fast, hist, fine, load, progress
-                optimizer, first_step = new_optimizer(), 0
-                save(r, "train")
-            if last:
-                break
-
-            # train on the source subset and the pseudo-labels
-            report, stage = reports[r], "label"
-            labelled.description = load_description(work / "pseudo_labels.json")
-            labelled.table = label_table(labelled.description, classes)
-            labelled.table[labelled.table == labelled.description.ignore] = IGNORE
-            if run.is_main and args.save_num_images:
-                rounds.draw_labels(data, labelled, args.save_num_images, work / "pictures.png")
-            soft = None
-            if args.lr_weight_ent:
-                soft = work / "logits", torch.tensor(list(report["thresholds"].values())), args.lr_weight_ent, prior
-            crop = dict(crop=args.crop_size, pixels=pixels, scale=args.random_scale, mirrored=args.random_mirror)
-            mixed = RoundSet(data.source, chosen, labelled, crop, (size_s, size_t),
-                             [classes.index(name) for name in report["mine"]], args.mine_chance,
-                             (args.random_seed, r), soft)
-            batches = endless(mixed, args.batch_size, args.num_workers, seed=1000 * args.random_seed + r,
-                              start=first_step, rank=run.rank, world=run.world, pin=run.device.type == "cuda")
-            set_train_mode(net, freeze_bn=not args.is_training)
-            steps, offset = steps_of(r), steps_before(r)
-            for i in range(first_step, steps):
-                lr = set_poly_lr(optimizer, args.learning_rate, i, steps, args.power)
-                optimizer.zero_grad()
-                batch = next(batches)
-                losses = self_training_backward(
-                    net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
-                    mr_weight_kld=args.mr_weight_kld, run=run, scale=scaler.scale)
-                values = run.mean_values({key: loss.detach() for key, loss in losses.items()})
-                running.require_finite(values, offset + i + 1, batch.name, Path(weights_entering(r)))
-                run.average_gradients([net])
-                scaler.step(optimizer)
-                scaler.update()
-
-                done = i + 1
-                log.step()
-                if done % args.log_every == 0 or done == steps:
-                    log.losses(offset + done, {"round": r, **values, "lr": lr})
-                leaving = run.any(stop.signal is not None)
-                if leaving or done % args.save_pred_every == 0:
-                    save(r, "train", done)
-                if leaving:
-                    log.close()
-                    run.say(f"stopped in round {r} after step {done} of {steps}; --resume goes on from {folder}")
-                    return 128 + (stop.signal or 0)
-            del batches
-            enter(r + 1)
+                going_on, first_step = this.label(r, stop), 0
+            stage = "label"
+            if going_on and r < args.num_rounds - 1:
+                going_on = this.fit(r, first_step, stop, log)
+                if going_on:
+                    this.enter(r + 1)
+            if not going_on:
+                log.close()
+                return 128 + (stop.signal or 0)
     if run.is_main:
         rounds.complete(folder, args.num_rounds, drop=("progress.pth", "logits"))
     log.close()
+    confusion = None if this.confusion is None else this.confusion.numpy()
     if confusion is not None:
-        run.say(iou_table(classes, {"last": confusion.numpy()}))
-        scores = [report["mIoU"] for report in reports]
+        run.say(iou_table(data.classes, {"last": confusion}))
+        scores = [report["mIoU"] for report in this.reports]
         run.say(f"target mIoU by round: {', '.join(f'{x:.2f}' for x in scores)}; last {scores[-1]:.2f}, best "
                 f"{max(scores):.2f} (round {int(np.argmax(scores))}, chosen on the validation set)")
     run.barrier()
-    return Outcome(net, data, None if confusion is None else confusion.numpy(), pixels)
+    return Outcome(this.net, data, confusion, this.pixels)
 
 
 def train_start(args: argparse.Namespace, path: Path) -> None:
