@@ -62,9 +62,9 @@ FREE_ARGUMENTS = {"resume", "num_workers", "num_rounds", "save_pred_every", "log
 # --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
 DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
             arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), crop_size=(192, 96),
-            snapshot_dir="snapshots/demo_cbst", learning_rate=5e-4, num_rounds=4, epr=1, init_src_port=0.2,
-            max_src_port=0.5, src_port_step=0.05, eval_scale=1.0, test_scales="1.0", is_training=True, num_workers=0,
-            pixels="caffe", bn_stats="target")
+            snapshot_dir="snapshots/demo_cbst", learning_rate=5e-4, power=0.9, num_rounds=4, epr=2,
+            init_src_port=0.2, max_src_port=0.5, src_port_step=0.05, spatial_prior="build", prior_norm="class",
+            eval_scale=1.0, test_scales="1.0", is_training=True, num_workers=0, pixels="caffe", bn_stats="target")
 DEMO_START_STEPS, DEMO_START_RATE = 400, 2.5e-3
 
 
