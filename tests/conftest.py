@@ -1,6 +1,7 @@
 """What tests share: golden numbers (in the folder SEGADAPT_REFERENCE, or the copies here) and both backends."""
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,6 +29,21 @@ def fill(keys, seed: int, prefix: str = "") -> dict:
     finally:
         sys.path.pop(0)
     return weights.fill_state_dict(keys, seed, as_torch=True, prefix=prefix)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Path:
+    """A tiny rendered pair of domains, to be read only."""
+    from scripts import render
+
+    return render(tmp_path_factory.mktemp("rendered") / "pair")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """For snapshots of some hundred MB, which are not kept."""
+    yield tmp_path / "run"
+    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @pytest.fixture(params=["reference", "compiled"])

@@ -45,6 +45,18 @@ def execute(script: str, *arguments: str, code: int = 0, cwd: Path | None = None
     return done
 
 
+def execute_alone(script: str, folder: Path, *arguments: str) -> str:
+    """Run a script that was copied with lib/, and without csrc/, into ``folder``, from folder/elsewhere; its output."""
+    (folder / "elsewhere").mkdir(parents=True)
+    shutil.copy(ROOT / script, folder)
+    shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(command(script, *arguments, "--ops", "auto", root=folder), text=True, capture_output=True,
+                          cwd=folder / "elsewhere", env={**ENVIRONMENT, "SEGADAPT_OPS": "auto", "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert "kernels     reference" in done.stdout
+    return done.stdout
+
+
 def message(done: subprocess.CompletedProcess, script: str) -> str:
     """The one message that a user's mistake gives on stderr."""
     assert "Traceback" not in done.stderr, done.stderr

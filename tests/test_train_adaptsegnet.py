@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from interrupted import TinyNet
 from PIL import Image
 from scripts import (
@@ -16,10 +15,10 @@ from scripts import (
     assert_same_end,
     command,
     execute,
+    execute_alone,
     interrupted,
     logged,
     message,
-    render,
     same,
     torchrun,
     training,
@@ -35,18 +34,6 @@ from lib.models.discriminator import FCDiscriminator
 from lib.run import Run
 
 SCRIPT = "train_adaptsegnet.py"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Path:
-    return render(tmp_path_factory.mktemp("train") / "pair")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Snapshots of some hundred MB, not kept."""
-    yield tmp_path / "run"
-    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 # --- variants -----------------------------------------------------------------------------------------------------
@@ -158,15 +145,7 @@ def test_initial_weights_bring_their_conventions(pair, folder):
 
 
 def test_script_and_lib_alone_in_an_empty_folder(pair, folder):
-    folder.mkdir(parents=True)
-    shutil.copy(ROOT / SCRIPT, folder)
-    shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "elsewhere").mkdir()
-    environment = {**ENVIRONMENT, "SEGADAPT_OPS": "auto", "PYTHONPATH": ""}
-    done = subprocess.run(command(SCRIPT, *training(pair, Path("out")), root=folder), cwd=folder / "elsewhere",
-                          env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kernels     reference" in done.stdout
+    execute_alone(SCRIPT, folder, *training(pair, Path("out")))
     assert (folder / "elsewhere/out/GTA5_2.pth").exists()
 
 

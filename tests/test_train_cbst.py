@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -12,16 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from interrupted import TinyNet, interrupt, shrink
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scripts import (
-    ENVIRONMENT,
     HEIGHT,
     WIDTH,
-    command,
     execute,
+    execute_alone,
     interrupted,
     logged,
     message,
@@ -66,12 +63,6 @@ def tiny(scale: float = 8.0) -> TinyNet:
     net = TinyNet(len(CLASSES))
     net.layer5.weight.data *= scale
     return net
-
-
-@pytest.fixture
-def folder(tmp_path):
-    yield tmp_path / "run"
-    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def rounds(place: Path, folder: Path, *more: str, start: str = "tiny.pth") -> list[str]:
@@ -269,16 +260,9 @@ def test_values_of_label_files(name, unlabelled):
 
 
 def test_script_and_lib_alone_in_an_empty_folder(place, folder):
-    folder.mkdir(parents=True)
-    shutil.copy(ROOT / SCRIPT, folder)
-    shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**ENVIRONMENT, "SEGADAPT_OPS": "auto", "PYTHONPATH": ""}
-    arguments = rounds(place, Path("out"), "--num-rounds", "2", "--ops", "auto", "--learning-rate", "1e-6",
-                       start="start.pth")
-    done = subprocess.run(command(SCRIPT, *arguments, root=folder), cwd=folder, env=environment, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kernels     reference" in done.stdout and (folder / "out/0/weights.pth").exists()
+    execute_alone(SCRIPT, folder, *rounds(place, Path("out"), "--num-rounds", "2", "--learning-rate", "1e-6",
+                                          start="start.pth"))
+    assert (folder / "elsewhere/out/0/weights.pth").exists()
 
 
 def test_mined_crops_hold_their_class():

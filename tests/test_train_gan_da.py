@@ -2,23 +2,19 @@
 import json
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from scripts import (
-    ENVIRONMENT,
     assert_same_end,
-    command,
     execute,
+    execute_alone,
     interrupted,
     logged,
     message,
-    render,
     torchrun,
     training,
     with_voids,
@@ -34,17 +30,6 @@ from lib.run import Run
 SCRIPT = "train_gan_da.py"
 LOSSES = ["loss_D", "loss_G", "loss_F", "loss_seg", "loss_l1"]
 RUN = Run(torch.device("cpu"), 0, 1, "off")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Path:
-    return render(tmp_path_factory.mktemp("gan") / "pair")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    yield tmp_path / "run"
-    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def gan(pair: Path, folder: Path, *more: str) -> list[str]:
@@ -403,15 +388,7 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(here, pair, fo
 
 
 def test_script_and_lib_alone_in_an_empty_folder(pair, folder):
-    folder.mkdir(parents=True)
-    shutil.copy(ROOT / SCRIPT, folder)
-    shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "elsewhere").mkdir()
-    environment = {**ENVIRONMENT, "SEGADAPT_OPS": "auto", "PYTHONPATH": ""}
-    done = subprocess.run(command(SCRIPT, *gan(pair, Path("out")), root=folder), cwd=folder / "elsewhere",
-                          env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kernels     reference" in done.stdout
+    execute_alone(SCRIPT, folder, *gan(pair, Path("out")))
     assert (folder / "elsewhere/out/GTA5_2.pth").exists()
 
 

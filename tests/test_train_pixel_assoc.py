@@ -1,23 +1,18 @@
 """train_pixel_assoc.py as its user runs it: every variant, what it writes, and every way it can be stopped."""
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from interrupted import TinyNet
 from PIL import Image
 from scripts import (
-    ENVIRONMENT,
     assert_same_end,
     execute,
+    execute_alone,
     interrupted,
     logged,
     message,
-    render,
     torchrun,
     training,
     with_voids,
@@ -30,18 +25,6 @@ from lib.run import Run
 
 SCRIPT = "train_pixel_assoc.py"
 ONE = Run(torch.device("cpu"), 0, 1, "off")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Path:
-    return render(tmp_path_factory.mktemp("pixel_assoc") / "pair")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Snapshots of some hundred MB, not kept."""
-    yield tmp_path / "run"
-    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def arguments(pair: Path, folder: Path, *more: str) -> list[str]:
@@ -134,13 +117,8 @@ def test_initial_weights_of_any_network(pair, folder):
 
 
 def test_script_and_lib_alone_in_an_empty_folder(pair, folder):
-    alone = folder.parent / "alone"
-    shutil.copytree(ROOT / "lib", alone / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / SCRIPT, alone)
-    done = subprocess.run([sys.executable, SCRIPT, *arguments(pair, folder)], cwd=alone, env=ENVIRONMENT, text=True,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert len(logged(folder, "loss_ce")) == 2
+    execute_alone(SCRIPT, folder, *arguments(pair, Path("out")))
+    assert (folder / "elsewhere/out/GTA5_2.pth").exists()
 
 
 # --- stopping and going on ----------------------------------------------------------------------------------------
