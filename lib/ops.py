@@ -586,7 +586,7 @@ def _slices(n: int, width: int, like: Tensor):
 
 def _panels(n: int, width: int, like: Tensor, buffers: int = 1):
     """(slice, buffer [rows, width], ...) for each panel of an n x width matrix; the buffers are used again."""
-    slices = _slices(n, width if like.shape[1] < 512 else -(-width // 2), like)  # many channels: larger GEMMs win
+    slices = _slices(n, width, like)
     rows = slices[0].stop if slices else 0
     memory = [torch.empty(rows, width, dtype=like.dtype, device=like.device) for _ in range(buffers)]
     for at in slices:

@@ -100,12 +100,13 @@ class Upsampler {
         w_(w),
         H_(rows.i0.size()),
         W_(columns.i0.size()),
+        stride_(((W_ + kLanes - 1) / kLanes | 1) * kLanes),
         rows_(rows),
         columns_(columns),
         mirror_(mirror),
         in_place_(h == H_ && w == W_) {
     if (!in_place_) {
-      for (auto& buffer : buffer_) buffer.resize(classes * W_ + kLanes);  // a strip may read past its row
+      for (auto& buffer : buffer_) buffer.resize(classes * stride_ + kLanes);  // a strip may read past its row
     }
   }
 
@@ -132,7 +133,7 @@ class Upsampler {
     if (!in_place_) {
       const float *a = buffer_[0].data() + begin, *b = buffer_[1].data() + begin;
       const vf w0 = splat(rows_.w0[y_]), w1 = splat(rows_.w1[y_]);
-      for (int64_t c = 0; c < classes_; ++c) add(c, vfma(load(a + c * W_), w0, load(b + c * W_) * w1));
+      for (int64_t c = 0; c < classes_; ++c) add(c, vfma(load(a + c * stride_), w0, load(b + c * stride_) * w1));
       return top;
     }
     const S* x = x_ + y_ * W_ + (mirror_ ? W_ - 1 - begin : begin);
@@ -161,7 +162,7 @@ class Upsampler {
     }
     const T *a = buffer_[0].data() + begin, *b = buffer_[1].data() + begin;
     const T w0 = rows_.w0[y_], w1 = rows_.w1[y_];
-    const int64_t stride = W_;
+    const int64_t stride = stride_;
     return argmax_block<false, T>(
         classes_, n, [=](int64_t c, int64_t j) { return fma(a[c * stride + j], w0, b[c * stride + j] * w1); }, label);
   }
@@ -181,7 +182,7 @@ class Upsampler {
         source[j] = static_cast<T>(x[j]);
         poison_ = fma(source[j], T(0), poison_);
       }
-      T* out = buffer_[slot].data() + c * W_;
+      T* out = buffer_[slot].data() + c * stride_;
       for (int64_t j = 0; j < W_; ++j) out[j] = fma(source[i0[j]], w0[j], source[i1[j]] * w1[j]);
       if (mirror_) std::reverse(out, out + W_);
     }
@@ -189,6 +190,8 @@ class Upsampler {
 
   const S* x_;
   int64_t classes_, h_, w_, H_, W_, y_ = 0;
+  int64_t stride_;  // of the classes in buffer_: an odd number of strips, as a power of two would put all classes of a
+                    // pixel into the same set of the cache
   const Axis<T>&rows_, &columns_;
   bool mirror_, in_place_;
   std::vector<T> buffer_[2];
