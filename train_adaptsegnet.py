@@ -38,7 +38,7 @@ from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, build, set_bn_affine, set_train_mode
 from lib.models.discriminator import FCDiscriminator
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
-from lib.run import full
+from lib.run import full, size
 
 SOURCE, TARGET = 0, 1  # domain labels of the code; the paper writes the reverse
 # Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
@@ -49,13 +49,6 @@ DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_ta
             arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), snapshot_dir="snapshots/demo",
             num_steps=400, learning_rate=2.5e-3, lambda_adv_target1=0.01, lambda_adv_target2=0.05, random_mirror=True,
             save_pred_every=400, num_workers=0, bn_stats="target")
-
-
-def size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition(",")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"expected width,height such as 1024,512, not {text!r}")
-    return int(width), int(height)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -51,7 +51,7 @@ from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou
 from lib.models.deeplab import ARCHITECTURES, MODELS, build, logits_of, set_bn_affine, set_train_mode
 from lib.optim import deeplab_sgd, set_poly_lr
-from lib.run import full
+from lib.run import full, size
 
 IGNORE = 255
 RELEASED_SIGMA = 70 / 6 / 1024  # of the spatial prior, in image heights: the paper's 70 x 70 kernel at 1024, cut at 3
@@ -66,13 +66,6 @@ DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_ta
             init_src_port=0.2, max_src_port=0.5, src_port_step=0.05, spatial_prior="build", prior_norm="class",
             eval_scale=1.0, test_scales="1.0", is_training=True, num_workers=0, pixels="caffe", bn_stats="target")
 DEMO_START_STEPS, DEMO_START_RATE = 400, 2.5e-3
-
-
-def size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition(",")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"expected width,height such as 1024,512, not {text!r}")
-    return int(width), int(height)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -455,10 +448,9 @@ def open_prior(args: argparse.Namespace, data: Pair, folder: Path, run: running.
         shape = image.height, image.width
     path = folder / "prior.npz" if args.spatial_prior == "build" else Path(args.spatial_prior)
     if args.spatial_prior == "build" and run.is_main and not (args.resume and path.exists()):
-        folder.mkdir(parents=True, exist_ok=True)
         labels = (data.source.truth(i) for i in range(len(data.source)))
-        np.savez_compressed(folder / ".prior.npz", prior_array=spatial_prior(labels, len(data.classes), shape))
-        os.replace(folder / ".prior.npz", path)
+        with running.replacing(path) as new:
+            np.savez_compressed(new, prior_array=spatial_prior(labels, len(data.classes), shape))
     run.barrier()
     prior = torch.from_numpy(load_prior(path, len(data.classes)))
     if prior.shape[1:] != shape:
@@ -661,9 +653,10 @@ class SelfTraining:
             ops.confidence_histogram_(hist, logits[0], shape, flipped=mirrored(logits), **options)
         if progress.left:
             return None, None
-        predicted = ops.predicted_pixels(run.sum(hist))
+        counted = run.sum(hist)
+        predicted, bins = ops.predicted_pixels(counted), threshold(counted).bins
+        del counted  # 2 MiB a class
         require_diverse(predicted, self.classes, args.collapse, r, self.weights_before(r))
-        bins = threshold(run.sum(hist)).bins
         for _, (shape, logits) in progress.sweep(2, len(self.views_t), load):
             ops.refine_histogram_(fine, bins, logits[0], shape, flipped=mirrored(logits), **options)
         return None if progress.left else threshold(run.sum(hist), fine=run.sum(fine)), predicted
@@ -812,17 +805,13 @@ def train(args: argparse.Namespace) -> Outcome | int:
             if run.is_main:
                 rounds.complete(folder, r, drop=("progress.pth", "logits"))
             run.barrier()
-            going_on = True
-            if stage == "label":
-                going_on, first_step = this.label(r, stop), 0
-            stage = "label"
-            if going_on and r < args.num_rounds - 1:
-                going_on = this.fit(r, first_step, stop, log)
-                if going_on:
-                    this.enter(r + 1)
-            if not going_on:
+            last = r == args.num_rounds - 1
+            if (stage == "label" and not this.label(r, stop)) or not (last or this.fit(r, first_step, stop, log)):
                 log.close()
                 return 128 + (stop.signal or 0)
+            if not last:
+                this.enter(r + 1)
+            stage, first_step = "label", 0
     if run.is_main:
         rounds.complete(folder, args.num_rounds, drop=("progress.pth", "logits"))
     log.close()

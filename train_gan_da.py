@@ -48,7 +48,7 @@ from lib.datasets.transforms import PIXELS, Augment
 from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, Deeplab, set_bn_affine
 from lib.models.fcn8s import FCN8s, scaled
-from lib.run import full
+from lib.run import full, size
 
 SOURCE_REAL, SOURCE_FAKE, TARGET_REAL, TARGET_FAKE = range(4)  # D's domain classes
 # l1, adv, c for each reduction. sum: published, sums over pixels and patches against the one mean of L1. mean: averages
@@ -63,13 +63,6 @@ DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_ta
             width=0.125, padding="same", input_size=(96, 48), input_size_target=(96, 48), reduction="mean",
             batch_size=4, num_steps=800, learning_rate=1e-3, lr_g=5e-4, lr_d=1e-4, lr_epochs=10, random_mirror=True,
             snapshot_dir="snapshots/demo_gan", save_pred_every=800, eval_every=800, num_workers=0)
-
-
-def size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition(",")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"expected width,height such as 1024,512, not {text!r}")
-    return int(width), int(height)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

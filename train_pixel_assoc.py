@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,14 +53,8 @@ DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_ta
             num_workers=0, bn_stats="target")
 
 
-def size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition(",")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"expected two numbers such as 1024,512, not {text!r}")
-    return int(width), int(height)
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    size = partial(running.size, form="two numbers")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     method = p.add_argument_group("method")

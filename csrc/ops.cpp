@@ -3,8 +3,7 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(segadapt, m) {
-  // ---- Cycle association (Kang et al., NeurIPS 2020)
-  // -----------------------------------------------------------------------
+  // ---- Cycle association (Kang et al., NeurIPS 2020) ----------------------------------------------------------------
 
   // For each row of a [N1, C] the row of b [N2, C] with the largest dot product of the normalised vectors, and the
   // reverse.
@@ -25,8 +24,7 @@ TORCH_LIBRARY(segadapt, m) {
   // col_sum [N] += sum_i P_ij m_ij (of the old m). Bits depend on the number of threads, not on the run.
   m.def("softmax_grad_(Tensor(a!) m, Tensor p, Tensor row_scale, Tensor? col_scale, Tensor(b!) col_sum) -> ()");
 
-  // ---- Class-balanced pseudo-labels (Zou et al., ECCV 2018, ICCV 2019)
-  // -----------------------------------------------------
+  // ---- Class-balanced pseudo-labels (Zou et al., ECCV 2018, ICCV 2019) ----------------------------------------------
 
   // argmax_c of the bilinearly upsampled logits [N, C, h, w], C <= 255 -> label [N, H, W] uint8, size = (H, W). Any
   // floating dtype (half and bfloat16 are interpolated in float32). Deterministic; ties go to the lowest class.
@@ -40,16 +38,15 @@ TORCH_LIBRARY(segadapt, m) {
   // anew in each image or, with own, p_c of every ds_rate-th pixel of the image for all c. Deterministic; p has the
   // same bits in every pass.
   m.def(
-      "confidence_histogram_(Tensor(a!) hist, Tensor? bins, Tensor logits, Tensor? flipped, Tensor? prior, SymInt[2] "
-      "size, "
-      "bool align_corners, bool probabilities, int ds_rate, bool own) -> (Tensor label, Tensor confidence)");
+      "confidence_histogram_(Tensor(a!) hist, Tensor? bins, Tensor logits, Tensor? flipped, Tensor? prior, "
+      "SymInt[2] size, bool align_corners, bool probabilities, int ds_rate, bool own) "
+      "-> (Tensor label, Tensor confidence)");
 
   // The counting alone, for label and confidence [N, H, W] kept from confidence_histogram_ (not own).
   m.def("count_confidences_(Tensor(a!) hist, Tensor? bins, Tensor label, Tensor confidence, int ds_rate) -> ()");
 
   // argmax_c p_c / thresholds_c (IEEE division, float32 [C]), 255 where the maximum is below 1; p as above.
   m.def(
-      "pseudo_label(Tensor logits, Tensor thresholds, Tensor? flipped, Tensor? prior, SymInt[2] size, bool "
-      "align_corners, "
-      "bool probabilities) -> Tensor label");
+      "pseudo_label(Tensor logits, Tensor thresholds, Tensor? flipped, Tensor? prior, SymInt[2] size, "
+      "bool align_corners, bool probabilities) -> Tensor label");
 }

@@ -15,7 +15,7 @@ from lib import checkpoint, visual
 from lib.datasets.description import derived_description
 from lib.datasets.folder import ImageFolder, Pair
 from lib.errors import UserError
-from lib.run import Run, StopRequest
+from lib.run import Run, StopRequest, replacing
 
 
 class Progress:
@@ -73,14 +73,9 @@ class Progress:
 
 
 def write_text(path: Path, text: str) -> None:
-    """To a temporary name, then renamed. Raises UserError."""
-    new = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Raises UserError."""
+    with replacing(path) as new:
         new.write_text(text)
-        os.replace(new, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Choose another --snapshot-dir") from None
 
 
 def write_png(image: Image.Image, path: Path) -> None:
@@ -179,5 +174,5 @@ def write_rounds(reports: Sequence[Mapping], folder: Path) -> None:
     write_text(folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     keys = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "iteration"]
     if keys:
-        visual.curves(folder / "rounds.jsonl", keys, folder / ".rounds.png")
-        os.replace(folder / ".rounds.png", folder / "rounds.png")
+        with replacing(folder / "rounds.png") as new:
+            visual.curves(folder / "rounds.jsonl", keys, new)

@@ -1,6 +1,7 @@
 """What every run needs around its loop: device, seeds, processes, precision, signals, progress, logs."""
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -8,8 +9,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,29 @@ def end_loaders() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a loader for an error
         for child in children:
             child.kill()
+
+
+def size(text: str, form: str = "width,height") -> tuple[int, int]:
+    """The type of a flag that takes two numbers above 0. Raises argparse.ArgumentTypeError."""
+    width, _, height = text.partition(",")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"expected {form} such as 1024,512, not {text!r}")
+    return int(width), int(height)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, of the same suffix; what lies there at the end takes the place of ``path``.
+
+    Raises UserError where it cannot be written. Checkpoints have lib.checkpoint.save.
+    """
+    new = path.with_name(f".new-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        os.replace(new, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. Choose another --snapshot-dir") from None
 
 
 def full(x: Tensor) -> Tensor:
@@ -210,13 +234,8 @@ class Log:
                 # A killed process can leave a torn last line.
                 if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
                     kept.append(line)
-        new = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:  # a process killed here loses no line
             new.write_text("".join(kept))
-            os.replace(new, path)  # a process killed here loses no line
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}. Choose another --snapshot-dir") from None
         if tensorboard is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter

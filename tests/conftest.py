@@ -46,6 +46,21 @@ def folder(tmp_path):
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """For script.main() here: PyTorch's operators and one thread, which give the bits of the scripts' subprocesses."""
+    import torch
+
+    from lib import ops
+
+    monkeypatch.setitem(ops._state, "mode", "reference")
+    monkeypatch.setenv("SEGADAPT_OPS", "reference")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["reference", "compiled"])
 def backend(request):
     """Runs a test with both implementations of the operators."""

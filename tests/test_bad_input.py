@@ -11,7 +11,6 @@ from PIL import Image
 from scripts import execute, message, render, training
 
 import train_adaptsegnet as script
-from lib import ops
 from lib.errors import UserError
 
 SCRIPT = "train_adaptsegnet.py"
@@ -26,13 +25,11 @@ def rendered(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def pair(rendered, tmp_path, monkeypatch) -> Path:
+def pair(rendered, tmp_path, in_this_process, monkeypatch) -> Path:
     """A pair to spoil; training must not begin."""
     def no_network(*_):
         raise AssertionError("the run went on")
 
-    monkeypatch.setitem(ops._state, "mode", "reference")
-    monkeypatch.setenv("SEGADAPT_OPS", "reference")
     monkeypatch.setattr(script, "build", no_network)
     return shutil.copytree(rendered, tmp_path / "pair")
 

@@ -26,7 +26,7 @@ from scripts import (
 )
 
 import train_adaptsegnet as script
-from lib import checkpoint, ops
+from lib import checkpoint
 from lib.datasets.folder import open_pair
 from lib.errors import UserError
 from lib.models.deeplab import build
@@ -102,17 +102,15 @@ def test_what_a_run_writes_and_prints(pair, folder):
         assert fact in done.stdout, fact
 
 
-def in_this_process(monkeypatch, **changes) -> None:
-    """Prepare script.main() to run here with the network of interrupted.py and the functions in ``changes``."""
-    monkeypatch.setitem(ops._state, "mode", "reference")
-    monkeypatch.setenv("SEGADAPT_OPS", "reference")
+def with_small_networks(monkeypatch, **changes) -> None:
+    """script.main() gets the network of interrupted.py, a small discriminator and the functions in ``changes``."""
     monkeypatch.setattr(script, "build", lambda model, classes, *_: TinyNet(classes))
     monkeypatch.setattr(script, "FCDiscriminator", lambda channels: FCDiscriminator(channels, ndf=4))
     for name, value in changes.items():
         monkeypatch.setattr(script, name, value)
 
 
-def test_source_only_reads_no_target_image(pair, folder, monkeypatch):
+def test_source_only_reads_no_target_image(pair, folder, in_this_process, monkeypatch):
     """But those of the validation set. Every start reads some of them to check them, so they vanish after that."""
     copy = shutil.copytree(pair, folder.parent / "pair")
 
@@ -121,7 +119,7 @@ def test_source_only_reads_no_target_image(pair, folder, monkeypatch):
         shutil.rmtree(copy / "cityscapes/leftImg8bit/train")
         return data
 
-    in_this_process(monkeypatch, open_pair=open_and_remove)
+    with_small_networks(monkeypatch, open_pair=open_and_remove)
     assert script.main(training(copy, folder, "--source-only")) == 0
     assert len(logged(folder, "loss_seg2")) == 2 and not list((copy / "cityscapes/leftImg8bit").glob("train"))
     with pytest.raises(UserError, match="no image of the set 'train'"):
@@ -252,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
     assert any(f"images {p.stem}." in text for p in (pair / "gta5/images").iterdir())
 
 
-def test_fp16_scales_its_losses(pair, folder, monkeypatch):
+def test_fp16_scales_its_losses(pair, folder, in_this_process, monkeypatch):
     """In this process, with a network of a few parameters: fp16 convolutions crawl on a CPU."""
     factors = []
     original = script.adapt_backward
@@ -261,7 +259,7 @@ def test_fp16_scales_its_losses(pair, folder, monkeypatch):
         factors.append(scale(torch.ones(())).item())
         return original(*arguments, scale=scale, **named)
 
-    in_this_process(monkeypatch, adapt_backward=adapt_backward)
+    with_small_networks(monkeypatch, adapt_backward=adapt_backward)
     assert script.main(training(pair, folder, "--amp", "fp16", "--input-size", "32,32")) == 0
     assert factors[0] == 2 ** 16 and len(logged(folder, "loss_adv2")) == 2
     scaler = checkpoint.load(folder / "resume.pth")["scaler"]
@@ -336,8 +334,8 @@ def test_every_argument_is_stored(pair, folder):
     assert not script.FREE_ARGUMENTS - args.keys()
 
 
-def test_the_demo_renders_its_pair_for_source_only_too(pair, folder, monkeypatch):
+def test_the_demo_renders_its_pair_for_source_only_too(pair, folder, in_this_process, monkeypatch):
     rendered = []
-    in_this_process(monkeypatch, render_demo=lambda root, seed: rendered.append((str(root), seed)))
+    with_small_networks(monkeypatch, render_demo=lambda root, seed: rendered.append((str(root), seed)))
     assert script.main(["--demo", "--random-seed", "7", *training(pair, folder, "--source-only")]) == 0
     assert rendered == [("data/demo", 7)] and len(logged(folder, "loss_seg2")) == 2

@@ -22,7 +22,7 @@ from scripts import (
 
 import evaluate
 import train_gan_da as script
-from lib import checkpoint, ops
+from lib import checkpoint
 from lib.errors import UserError
 from lib.models.fcn8s import CONVOLUTIONS, FCN8s, from_vgg16
 from lib.run import Run
@@ -38,12 +38,8 @@ def gan(pair: Path, folder: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def here(pair, folder, monkeypatch):
+def here(pair, folder, in_this_process):
     """Runs the script in this process: a start of Python costs more than a few steps."""
-    monkeypatch.setitem(ops._state, "mode", "reference")
-    monkeypatch.setenv("SEGADAPT_OPS", "reference")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     deterministic = torch.are_deterministic_algorithms_enabled()
 
     def run(*more: str, to: Path = folder) -> dict[str, torch.Tensor]:
@@ -52,7 +48,6 @@ def here(pair, folder, monkeypatch):
 
     yield run
     torch.use_deterministic_algorithms(deterministic)
-    torch.set_num_threads(threads)
 
 
 # --- variants -----------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_a_signal_saves_and_leaves(pair, folder, uninterrupted):
     assert_same_end(folder, uninterrupted)
 
 
-def test_fp16_scales_its_losses(pair, folder, monkeypatch):
+def test_fp16_scales_its_losses(pair, folder, in_this_process, monkeypatch):
     """In this process, with a network of a few parameters: fp16 convolutions crawl on a CPU."""
     factors, original = [], script.backward
 
@@ -162,8 +162,6 @@ def test_fp16_scales_its_losses(pair, folder, monkeypatch):
         factors.append(scale(torch.ones(())).item())
         return original(*given, scale=scale, **named)
 
-    monkeypatch.setitem(ops._state, "mode", "reference")
-    monkeypatch.setenv("SEGADAPT_OPS", "reference")
     monkeypatch.setattr(script, "build", lambda model, classes, *_, **named: TinyNet(classes))
     monkeypatch.setattr(script, "backward", backward)
     assert script.main(arguments(pair, folder, "--amp", "fp16", "--no-aggregate")) == 0

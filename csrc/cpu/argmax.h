@@ -38,8 +38,7 @@ struct Side {
   std::vector<T> norm, scale;  // divisor of the exact product; 1/norm (0 for a zero vector) in the tiles
   std::vector<T> length;       // norm of x/norm: 1 or 0 when normalised
   T longest = 0;               // max of length
-  std::vector<int32_t>
-      first;  // the lowest index that holds the same values: repetitions share its answer, and are none
+  std::vector<int32_t> first;  // the lowest index of the same values: repetitions share its answer, and are none
   int64_t n() const { return x.size(0); }
 };
 

@@ -2,7 +2,6 @@
 // Images are walked row by row. Label maps take blocks of pixels that stay in the L1 cache, in plain loops that the
 // compiler vectorises; probabilities take strips of 16 pixels, whose maximum, sum and winner stay in registers.
 #include "pseudo_label.h"
-#include "vec.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -17,6 +16,8 @@
 #include <optional>
 #include <type_traits>
 #include <vector>
+
+#include "vec.h"
 
 namespace segadapt {
 namespace {
@@ -203,8 +204,7 @@ int64_t rows_per_task(int64_t rows, int64_t width) {
   return std::max<int64_t>(1, std::min<int64_t>(rows, (1 << 16) / std::max<int64_t>(1, width)));
 }
 
-// ---- label maps
-// -------------------------------------------------------------------------------------------------------------
+// ---- label maps -----------------------------------------------------------------------------------------------------
 
 template <typename S, typename T>
 void upsample_argmax_images(const at::Tensor& logits, bool align_corners, at::Tensor& label) {
@@ -243,8 +243,7 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
   return label;
 }
 
-// ---- probabilities
-// ----------------------------------------------------------------------------------------------------------
+// ---- probabilities --------------------------------------------------------------------------------------------------
 
 // e^x for x <= 0 to about one unit in the last place (the polynomial of Cephes' expf); 0 where the result would be
 // subnormal.
@@ -368,8 +367,7 @@ void store_labels(uint8_t* out, vi index, int64_t n) {
   std::memcpy(out, &narrow, n);
 }
 
-// ---- thresholds
-// -------------------------------------------------------------------------------------------------------------
+// ---- thresholds -----------------------------------------------------------------------------------------------------
 
 inline int32_t bits_of(float confidence) {
   return confidence > 0.f ? __builtin_bit_cast(int32_t, confidence) : confidence <= 0.f ? 0 : kInvalid << kBinBits;
@@ -471,8 +469,7 @@ void count_confidences_(at::Tensor& hist, const std::optional<at::Tensor>& bins,
   count_images(label.contiguous(), confidence.contiguous(), hist.size(0), rate, counter(hist, bins), true);
 }
 
-// ---- labels
-// -----------------------------------------------------------------------------------------------------------------
+// ---- labels ---------------------------------------------------------------------------------------------------------
 
 at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
                         const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,

@@ -1,8 +1,6 @@
 // Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps: one thread a pixel, which reads its logits again
 // for each of the softmax's steps (maximum, sum, result) instead of storing them. All rounding steps are spelled out
 // (_rn), so that every kernel sees the same bits, whatever the compiler would fuse.
-#include "pseudo_label.h"
-
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -11,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
+
+#include "pseudo_label.h"
 
 namespace segadapt {
 namespace {
@@ -95,8 +95,7 @@ struct Map {  // logits [N, C, h, w] seen at size H x W. S: stored type, T: arit
   }
 };
 
-// ---- label maps
-// -------------------------------------------------------------------------------------------------------------
+// ---- label maps -----------------------------------------------------------------------------------------------------
 
 template <typename S, typename T>
 __global__ void upsample_argmax_kernel(Map<S, T> map, int64_t pixels, uint8_t* label) {
@@ -137,8 +136,7 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
   return label;
 }
 
-// ---- probabilities
-// ----------------------------------------------------------------------------------------------------------
+// ---- probabilities --------------------------------------------------------------------------------------------------
 
 template <typename S>
 struct Source {
@@ -200,8 +198,7 @@ struct Source {
   }
 };
 
-// ---- thresholds
-// -------------------------------------------------------------------------------------------------------------
+// ---- thresholds -----------------------------------------------------------------------------------------------------
 
 __device__ void count(int64_t* hist, const int64_t* bins, int64_t c, float confidence) {
   const int32_t bits = confidence > 0.f ? __float_as_int(confidence) : confidence <= 0.f ? 0 : kInvalid << kBinBits;
@@ -321,8 +318,7 @@ void count_confidences_(at::Tensor& hist, const std::optional<at::Tensor>& bins,
   if (label.numel() > 0) count_images(hist, bins, label.contiguous(), confidence.contiguous(), rate, true);
 }
 
-// ---- labels
-// -----------------------------------------------------------------------------------------------------------------
+// ---- labels ---------------------------------------------------------------------------------------------------------
 
 template <typename S>
 __global__ void pseudo_label_kernel(Source<S> source, int64_t pixels, const float* thresholds, uint8_t* label) {
