@@ -31,6 +31,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+from lib import flags
 from lib.datasets.description import (
     Description,
     label_table,
@@ -58,12 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classes", help="13, 16 or another subset of the data set, or class names with commas")
     parser.add_argument("--predicted", metavar="CLASSES", help="likewise, what the predictions' values number")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and confusion matrix there")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for every 50 images)")
+    parser.add_argument("--workers", type=flags.count, metavar="N", help="processes (default: one for every 50 images)")
     args = parser.parse_args(argv)
     if args.devkit_dir and (args.set or args.list or args.data != parser.get_default("data")):
         parser.error("--devkit_dir takes the place of --data, --set and --list: give one or the other")
-    if args.workers is not None and args.workers < 1:
-        parser.error("--workers must be 1 or more")
     return args
 
 

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lib import checkpoint, metrics, ops, predict, visual
+from lib import checkpoint, flags, metrics, ops, predict, visual
 from lib import run as running
 from lib.datasets.description import Description, load_description, select_classes
 from lib.datasets.folder import ImageFolder
@@ -43,17 +43,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--arch", choices=list(ARCHITECTURES), help="default: recognised")
     p.add_argument("--aspp", choices=["released", "full"], help="default: the checkpoint's, else released")
     p.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else caffe")
-    p.add_argument("--num-classes", type=int, help="default: the checkpoint's")
+    p.add_argument("--num-classes", type=flags.count, help="default: the checkpoint's")
     p.add_argument("--data", help="a description or .json (default: the checkpoint's target, else cityscapes)")
     p.add_argument("--data-dir", help="its folder (default: the description's)")
     p.add_argument("--data-list", help="file with one image a line")
     p.add_argument("--set", help="which set (default: the description's val)")
     p.add_argument("--images", metavar="FOLDER", help="any folder of pictures instead, without labels")
     p.add_argument("--save", help="output folder (default: result/NAME OF THE DATA SET); 'none' writes nothing")
-    p.add_argument("--size", help="width,height to resize to (default: the checkpoint's, else the description's)")
-    p.add_argument("--scales", default="1.0", help="comma-separated; logits are averaged")
+    p.add_argument("--size", type=flags.size,
+                   help="width,height to resize to (default: the checkpoint's, else the description's)")
+    p.add_argument("--scales", type=flags.scales, default=(1.0,), help="with commas; logits are averaged")
     p.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    p.add_argument("--aggregate", type=float, nargs="?", const=0.5, default=0.0, metavar="ALPHA",
+    p.add_argument("--aggregate", type=flags.share, nargs="?", const=0.5, default=0.0, metavar="ALPHA",
                    help="mix features and probabilities with those of similar pixels (pixel-level cycle association; "
                         "without a number 0.5)")
     p.add_argument("--bn-stats", choices=["running", "target"], default="running",
@@ -64,25 +65,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--overlay", action="store_true", help="also NAME_overlay.png: colours over the image")
     p.add_argument("--panels", action="store_true", help="also NAME_panel.png: image, truth if known, prediction")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
-    p.add_argument("--num-workers", type=int, default=2, help="processes that decode and resize ahead")
+    p.add_argument("--num-workers", type=flags.natural, default=2, help="processes that decode and resize ahead")
     p.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off",
                    help="weights and activations in 16 bits (under 1 %% of the label map changes)")
     p.add_argument("--compile", action="store_true", help="torch.compile the network: pays from dozens of images on")
     p.add_argument("--cpu", action="store_true")
-    p.add_argument("--gpu", type=int, default=0)
+    p.add_argument("--gpu", type=flags.natural, default=0)
     p.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
     args = p.parse_args(argv)
-    try:
-        args.scales = [float(s) for s in args.scales.split(",")]
-        if args.size:
-            width, height = (int(n) for n in args.size.split(","))
-            args.size = width, height
-        if min(args.scales) <= 0 or (args.size and min(args.size) < 1):
-            raise ValueError
-    except ValueError:
-        p.error("--scales takes numbers such as 0.9,1.0,1.2 and --size takes width,height such as 1024,512")
-    if not 0 <= args.aggregate <= 1:
-        p.error("--aggregate takes a share from 0 to 1")
     if args.images and (args.data_dir or args.data_list or args.set):
         p.error("--images takes the place of --data-dir, --data-list and --set")
     return args
@@ -151,6 +141,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--json {args.json}: its folder does not exist")
     save = Path(args.save or f"result/{Path(args.images).name if args.images else data.name}")
     save = None if args.save == "none" else save
+    if save:
+        try:
+            save.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
     if args.label_ids and (data.encoding == "rgb" or not set(classes) <= set(data.classes)):
         lacking = ", ".join(sorted(set(classes) - set(data.classes))) or "which are colours"
         raise UserError(f"--label-ids: {data.name} has no ids for the classes {lacking}")
@@ -200,8 +195,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             key = visual.legend(classes, palette, len(cells) * (width + 4) - 4)
             visual.panel([list(cells.values())], list(cells), width, key=key).save(save / f"{path.stem}_panel.png")
 
-    if save:
-        save.mkdir(parents=True, exist_ok=True)
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     views = predict.ViewSet(images, size, known["pixels"], args.scales)
     pending: deque[Future] = deque()

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, ops, predict
+from lib import checkpoint, flags, ops, predict
 from lib import run as running
 from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
@@ -38,7 +38,7 @@ from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, build, set_bn_affine, set_train_mode
 from lib.models.discriminator import FCDiscriminator
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
-from lib.run import full, size
+from lib.run import full
 
 SOURCE, TARGET = 0, 1  # domain labels of the code; the paper writes the reverse
 # Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
@@ -59,9 +59,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--source-only", action="store_true", help="no adaptation, no target image in training")
     method.add_argument("--gan", choices=["Vanilla", "LS"], default="Vanilla", help="cross-entropy or squared error")
     method.add_argument("--adapt", choices=["output", "feature"], default="output", help="what D sees")
-    method.add_argument("--lambda-seg", type=float, help="segmentation, auxiliary level (0.1 multi-level, else 0)")
-    method.add_argument("--lambda-adv-target1", type=float, help="adversarial, auxiliary level (0.0002 multi-level)")
-    method.add_argument("--lambda-adv-target2", type=float, help="adversarial, main level (0.001; 0.01 with LS)")
+    method.add_argument("--lambda-seg", type=flags.amount,
+                        help="segmentation, auxiliary level (0.1 multi-level, else 0)")
+    method.add_argument("--lambda-adv-target1", type=flags.amount,
+                        help="adversarial, auxiliary level (0.0002 multi-level)")
+    method.add_argument("--lambda-adv-target2", type=flags.amount, help="adversarial, main level (0.001; 0.01 with LS)")
     method.add_argument("--demo", action="store_true", help="render a small pair, train source-only and adapted")
     net = p.add_argument_group("networks")
     net.add_argument("--model", choices=["DeepLab", "DeeplabMulti", "Deeplab", "DeeplabVGG"], default="DeepLab",
@@ -71,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
     net.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
     net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
-    net.add_argument("--num-classes", type=int, help="how many of the target's classes (default: all shared)")
+    net.add_argument("--num-classes", type=flags.count, help="how many of the target's classes (default: all shared)")
     net.add_argument("--bn-affine", choices=["auto", "train", "frozen"], default="auto",
                      help="BN weights and biases; auto: frozen, but trained from random weights")
     net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=True,
@@ -87,41 +89,44 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-list-target", help="file with one target image a line")
     data.add_argument("--set", help="set of the target to train on (default: the description's)")
     data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
-    data.add_argument("--input-size", type=size, help="width,height of source images (default: the description's)")
-    data.add_argument("--input-size-target", type=size, help="width,height of target images")
+    data.add_argument("--input-size", type=flags.size,
+                      help="width,height of source images (default: the description's)")
+    data.add_argument("--input-size-target", type=flags.size, help="width,height of target images")
     data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
     data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
-    data.add_argument("--ignore-label", type=int, default=255, help="class index without loss; void labels get it")
-    data.add_argument("--num-workers", type=int, default=min(4, os.cpu_count() or 1),
+    data.add_argument("--ignore-label", type=flags.label, default=255,
+                      help="class index without loss; void labels get it")
+    data.add_argument("--num-workers", type=flags.natural, default=min(4, os.cpu_count() or 1),
                       help="loader processes of each of the two data sets")
     data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batch-size", type=int, default=1, help="pairs a process and backward pass")
-    opt.add_argument("--iter-size", type=int, default=1, help="backward passes a step")
-    opt.add_argument("--learning-rate", type=float, default=2.5e-4, help="of G; heads take 10 times as much")
-    opt.add_argument("--learning-rate-D", dest="learning_rate_D", type=float, default=1e-4)
-    opt.add_argument("--momentum", type=float, default=0.9)
-    opt.add_argument("--weight-decay", type=float, default=5e-4)
-    opt.add_argument("--power", type=float, default=0.9, help="of the polynomial decay")
-    opt.add_argument("--num-steps", type=int, default=250000, help="where the decay would reach 0")
-    opt.add_argument("--num-steps-stop", type=int, help="where training ends (default: 150000, at most --num-steps)")
+    opt.add_argument("--batch-size", type=flags.count, default=1, help="pairs a process and backward pass")
+    opt.add_argument("--iter-size", type=flags.count, default=1, help="backward passes a step")
+    opt.add_argument("--learning-rate", type=flags.amount, default=2.5e-4, help="of G; heads take 10 times as much")
+    opt.add_argument("--learning-rate-D", dest="learning_rate_D", type=flags.amount, default=1e-4)
+    opt.add_argument("--momentum", type=flags.decay, default=0.9)
+    opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
+    opt.add_argument("--power", type=flags.amount, default=0.9, help="of the polynomial decay")
+    opt.add_argument("--num-steps", type=flags.count, default=250000, help="where the decay would reach 0")
+    opt.add_argument("--num-steps-stop", type=flags.count,
+                     help="where training ends (default: 150000, at most --num-steps)")
     opt.add_argument("--sgd", choices=["released", "once"], default="released",
                      help="released: the backbone's updates are repeated as in the release")
     out = p.add_argument_group("run")
     out.add_argument("--snapshot-dir", default="snapshots/adaptsegnet", help="weights, resume file, log, pictures")
-    out.add_argument("--save-pred-every", type=int, default=5000, help="iterations between snapshots")
-    out.add_argument("--eval-every", type=int, help="iterations between evaluations (default: as snapshots)")
+    out.add_argument("--save-pred-every", type=flags.count, default=5000, help="iterations between snapshots")
+    out.add_argument("--eval-every", type=flags.count, help="iterations between evaluations (default: as snapshots)")
     out.add_argument("--bn-stats", choices=["running", "target"], default="running",
                      help="target: re-estimate BN statistics on the target before scoring")
-    out.add_argument("--save-num-images", type=int, default=2, help="pictures at each evaluation")
-    out.add_argument("--log-every", type=int, default=10)
+    out.add_argument("--save-num-images", type=flags.natural, default=2, help="pictures at each evaluation")
+    out.add_argument("--log-every", type=flags.count, default=10)
     out.add_argument("--tensorboard", action="store_true")
     out.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")
     out.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
-    out.add_argument("--random-seed", type=int, default=1234)
+    out.add_argument("--random-seed", type=flags.natural, default=1234)
     out.add_argument("--deterministic", action="store_true")
     out.add_argument("--cpu", action="store_true")
-    out.add_argument("--gpu", type=int, default=0, help="number of the GPU of a single process")
+    out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
     out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
     out.add_argument("--compile", action="store_true", help="torch.compile the networks")
     out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
@@ -138,13 +143,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             setattr(args, name, multi if args.multi_level else single)
     args.num_steps_stop = args.num_steps_stop or min(150000, args.num_steps)
     args.eval_every = args.eval_every or args.save_pred_every
-    for name in ("batch_size", "iter_size", "num_steps", "save_pred_every", "log_every", "eval_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.random_seed < 0:
-        p.error("--random-seed must not be negative")
-    if not 0 <= args.ignore_label <= 255:
-        p.error("--ignore-label must be 0..255")
     if not 1 <= args.num_steps_stop <= args.num_steps:
         p.error(f"--num-steps-stop must be 1..{args.num_steps} (--num-steps)")
     if args.adapt == "feature" and args.multi_level:
@@ -387,6 +385,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
             scaler.update()
 
             done = i + 1
+            running.require_finite_weights([net, *discriminators.values()], done, names, last_good)
             log.step()
             if done % args.log_every == 0 or done == args.num_steps_stop:
                 log.losses(done, {**values, "lr": lr})

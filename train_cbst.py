@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lib import checkpoint, ops, predict, rounds, visual
+from lib import checkpoint, flags, ops, predict, rounds, visual
 from lib import run as running
 from lib.datasets.demo import render_demo
 from lib.datasets.description import label_table, load_description, written_values
@@ -51,7 +51,7 @@ from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou
 from lib.models.deeplab import ARCHITECTURES, MODELS, build, logits_of, set_bn_affine, set_train_mode
 from lib.optim import deeplab_sgd, set_poly_lr
-from lib.run import full, size
+from lib.run import full
 
 IGNORE = 255
 RELEASED_SIGMA = 70 / 6 / 1024  # of the spatial prior, in image heights: the paper's 70 x 70 kernel at 1024, cut at 3
@@ -64,7 +64,7 @@ DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_ta
             arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), crop_size=(192, 96),
             snapshot_dir="snapshots/demo_cbst", learning_rate=5e-4, power=0.9, num_rounds=4, epr=2,
             init_src_port=0.2, max_src_port=0.5, src_port_step=0.05, spatial_prior="build", prior_norm="class",
-            eval_scale=1.0, test_scales="1.0", is_training=True, num_workers=0, pixels="caffe", bn_stats="target")
+            eval_scale=1.0, test_scales=(1.0,), is_training=True, num_workers=0, pixels="caffe", bn_stats="target")
 DEMO_START_STEPS, DEMO_START_RATE = 400, 2.5e-3
 
 
@@ -72,29 +72,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     method = p.add_argument_group("method")
-    method.add_argument("--num-rounds", type=int, default=4, help="the last one only scores")
-    method.add_argument("--epr", type=int, default=2, help="epochs of training a round")
+    method.add_argument("--num-rounds", type=flags.count, default=4, help="the last one only scores")
+    method.add_argument("--epr", type=flags.count, default=2, help="epochs of training a round")
     method.add_argument("--kc-policy", choices=["cb", "global"], default="cb", help="a threshold per class, or one")
     method.add_argument("--kc-value", choices=["conf", "prob"], default="conf",
                         help="what thresholds count: the predicted class's probability, or each class's own")
-    method.add_argument("--ds-rate", type=int, default=4, help="every n-th pixel of an image and class counts")
-    method.add_argument("--init-tgt-port", type=float, default=0.2, help="portion of target pixels in the first round")
-    method.add_argument("--tgt-port-step", type=float, default=0.05)
-    method.add_argument("--max-tgt-port", type=float, default=0.5)
-    method.add_argument("--init-src-port", type=float, default=0.03, help="portion of source images, first round")
-    method.add_argument("--src-port-step", type=float, default=0.0025)
-    method.add_argument("--max-src-port", type=float, default=0.06)
+    method.add_argument("--ds-rate", type=flags.count, default=4, help="every n-th pixel of an image and class counts")
+    method.add_argument("--init-tgt-port", type=flags.share, default=0.2,
+                        help="portion of target pixels in the first round")
+    method.add_argument("--tgt-port-step", type=flags.amount, default=0.05)
+    method.add_argument("--max-tgt-port", type=flags.share, default=0.5)
+    method.add_argument("--init-src-port", type=flags.share, default=0.03, help="portion of source images, first round")
+    method.add_argument("--src-port-step", type=flags.amount, default=0.0025)
+    method.add_argument("--max-src-port", type=flags.share, default=0.06)
     method.add_argument("--src-sampling-policy", choices=["r", "c"], default="r",
                         help="r: drawn anew each round; c: the same images and more")
-    method.add_argument("--rare-cls-num", type=int, default=3, help="rarest classes to report")
-    method.add_argument("--mine-port", type=float, default=0.001, help="classes predicted on less are mined")
-    method.add_argument("--mine-chance", type=float, default=0.8, help="that a crop is centred on a mined class")
+    method.add_argument("--rare-cls-num", type=flags.natural, default=3, help="rarest classes to report")
+    method.add_argument("--mine-port", type=flags.share, default=0.001, help="classes predicted on less are mined")
+    method.add_argument("--mine-chance", type=flags.share, default=0.8, help="that a crop is centred on a mined class")
     method.add_argument("--spatial-prior", metavar="build|FILE", help="build it from the source labels, or .npz, .mat")
     method.add_argument("--prior-norm", choices=["frequency", "class"], default="frequency",
                         help="class: every class's prior has the same sum over the pixels, so that rare ones keep up")
-    method.add_argument("--mr-weight-kld", type=float, default=0.0, help="MRKLD: weight of KL to uniform (0: off)")
-    method.add_argument("--lr-weight-ent", type=float, default=0.0, help="LRENT: alpha of soft labels (0: hard labels)")
-    method.add_argument("--collapse", type=float, default=0.95, help="share of pixels in one class that ends the run")
+    method.add_argument("--mr-weight-kld", type=flags.amount, default=0.0,
+                        help="MRKLD: weight of KL to uniform (0: off)")
+    method.add_argument("--lr-weight-ent", type=flags.amount, default=0.0,
+                        help="LRENT: alpha of soft labels (0: hard labels)")
+    method.add_argument("--collapse", type=flags.share, default=0.95,
+                        help="share of pixels in one class that ends the run")
     method.add_argument("--demo", action="store_true", help="render a small pair, train on its source, then rounds")
     net = p.add_argument_group("network")
     net.add_argument("--restore-from", metavar="FILE", help="a source-trained network, in any dialect")
@@ -103,7 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--aspp", choices=["released", "full"],
                      help="rates summed: 6, 12 or all four (default: the checkpoint's, else full)")
     net.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else imagenet")
-    net.add_argument("--num-classes", type=int, help="how many of the target's classes (default: all shared)")
+    net.add_argument("--num-classes", type=flags.count, help="how many of the target's classes (default: all shared)")
     net.add_argument("--bn-affine", choices=["train", "frozen"], default="frozen", help="BN weights and biases")
     net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=False,
                      help="BN statistics update while training")
@@ -120,70 +124,56 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-list-target", help="file with one target image a line, those to label")
     data.add_argument("--set", help="set of the target to label and train on (default: the description's)")
     data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
-    data.add_argument("--subset", type=int, metavar="N", help="use N target images, drawn by --seed and listed in "
+    data.add_argument("--subset", type=flags.count, metavar="N",
+                      help="use N target images, drawn by --seed and listed in "
                                                               "subset.txt")
     data.add_argument("--allow-overlap", action="store_true", help="label images that are scored too")
-    data.add_argument("--input-size", type=size, help="width,height of source images (default: the files')")
-    data.add_argument("--input-size-target", type=size, help="width,height of target images (default: the files')")
-    data.add_argument("--crop-size", type=size, default=(1024, 512), help="width,height in training")
+    data.add_argument("--input-size", type=flags.size, help="width,height of source images (default: the files')")
+    data.add_argument("--input-size-target", type=flags.size,
+                      help="width,height of target images (default: the files')")
+    data.add_argument("--crop-size", type=flags.size, default=(1024, 512), help="width,height in training")
     data.add_argument("--random-scale", action=argparse.BooleanOptionalAction, default=True,
                       help="scale training images by 0.5, 0.6, .. 1.5")
     data.add_argument("--random-mirror", action=argparse.BooleanOptionalAction, default=True)
-    data.add_argument("--eval-scale", type=float, default=0.9, help="of target images while they are labelled")
+    data.add_argument("--eval-scale", type=flags.positive, default=0.9, help="of target images while they are labelled")
     data.add_argument("--test-flipping", action="store_true", help="average with the mirrored image while labelling")
-    data.add_argument("--test-scales", default="0.9,1.0,1.2", help="whose logits are averaged for scores")
+    data.add_argument("--test-scales", type=flags.scales, default=(0.9, 1.0, 1.2),
+                      help="whose logits are averaged for scores")
     data.add_argument("--score-flipping", action=argparse.BooleanOptionalAction, default=True,
                       help="average with the mirrored image for scores")
-    data.add_argument("--num-workers", type=int, default=min(4, os.cpu_count() or 1), help="loader processes")
+    data.add_argument("--num-workers", type=flags.natural, default=min(4, os.cpu_count() or 1), help="loader processes")
     data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batch-size", type=int, default=2, help="images a process and step, of both domains")
-    opt.add_argument("--learning-rate", type=float, default=5e-5, help="heads take 10 times as much")
-    opt.add_argument("--momentum", type=float, default=0.9)
-    opt.add_argument("--weight-decay", type=float, default=5e-4)
-    opt.add_argument("--power", type=float, default=0.0, help="of the polynomial decay within a round; 0: constant")
+    opt.add_argument("--batch-size", type=flags.count, default=2, help="images a process and step, of both domains")
+    opt.add_argument("--learning-rate", type=flags.amount, default=5e-5, help="heads take 10 times as much")
+    opt.add_argument("--momentum", type=flags.decay, default=0.9)
+    opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
+    opt.add_argument("--power", type=flags.amount, default=0.0,
+                     help="of the polynomial decay within a round; 0: constant")
     opt.add_argument("--sgd", choices=["released", "once"], default="released",
                      help="released: the backbone's updates are repeated as in the release")
     out = p.add_argument_group("run")
     out.add_argument("--snapshot-dir", "--save", default="snapshots/cbst", help="one folder a round, logs, best.pth")
-    out.add_argument("--save-pred-every", type=int, default=500,
+    out.add_argument("--save-pred-every", type=flags.count, default=500,
                      help="training steps (images, while labelling and scoring) between points to resume from")
-    out.add_argument("--save-num-images", type=int, default=4, help="pseudo-labels in each round's picture")
+    out.add_argument("--save-num-images", type=flags.natural, default=4, help="pseudo-labels in each round's picture")
     out.add_argument("--save-color", action="store_true", help="also pseudo_labels_color: every label in colours")
-    out.add_argument("--cache-mb", type=int, default=64, help="memory for logits between the passes over the target")
-    out.add_argument("--log-every", type=int, default=10)
+    out.add_argument("--cache-mb", type=flags.natural, default=64,
+                     help="memory for logits between the passes over the target")
+    out.add_argument("--log-every", type=flags.count, default=10)
     out.add_argument("--tensorboard", action="store_true")
     out.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")
     out.add_argument("--resume", action="store_true", help="go on from the snapshot folder")
-    out.add_argument("--random-seed", "--seed", type=int, default=3)
+    out.add_argument("--random-seed", "--seed", type=flags.natural, default=3)
     out.add_argument("--deterministic", action="store_true")
     out.add_argument("--cpu", action="store_true")
-    out.add_argument("--gpu", type=int, default=0, help="number of the GPU of a single process")
+    out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
     out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
     out.add_argument("--compile", action="store_true", help="torch.compile the network")
     out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
     if p.parse_known_args(argv)[0].demo:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
-    for name in ("num_rounds", "epr", "ds_rate", "batch_size", "save_pred_every", "log_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("init_tgt_port", "max_tgt_port", "init_src_port", "max_src_port", "mine_port", "mine_chance",
-                 "collapse"):
-        if not 0 <= getattr(args, name) <= 1:
-            p.error(f"--{name.replace('_', '-')} must be between 0 and 1")
-    for name in ("tgt_port_step", "src_port_step", "mr_weight_kld", "lr_weight_ent", "power", "rare_cls_num",
-                 "cache_mb", "random_seed"):
-        if getattr(args, name) < 0:
-            p.error(f"--{name.replace('_', '-')} must not be negative")
-    if args.subset is not None and args.subset < 1:
-        p.error("--subset must be at least 1")
-    try:
-        args.test_scales = tuple(float(s) for s in args.test_scales.split(","))
-    except ValueError:
-        p.error("--test-scales takes numbers such as 0.9,1.0,1.2")
-    if min(*args.test_scales, args.eval_scale) <= 0:
-        p.error("--test-scales and --eval-scale must be above 0")
     if not args.restore_from and not args.demo and not args.check_data:
         p.error("--restore-from FILE is needed: rounds begin from a source-trained network, such as "
                 "train_adaptsegnet.py --source-only makes")
@@ -736,12 +726,14 @@ class SelfTraining:
                 self.net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
                 mr_weight_kld=args.mr_weight_kld, run=run, scale=self.scaler.scale)
             values = run.mean_values({key: loss.detach() for key, loss in losses.items()})
-            running.require_finite(values, offset + i + 1, batch.name, Path(self.weights_before(r + 1)))
+            where = offset + i + 1, batch.name, Path(self.weights_before(r + 1))
+            running.require_finite(values, *where)
             run.average_gradients([self.net])
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
             done = i + 1
+            running.require_finite_weights([self.net], *where)
             log.step()
             if done % args.log_every == 0 or done == steps:
                 log.losses(offset + done, {"round": r, **values, "lr": lr})

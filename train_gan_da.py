@@ -39,7 +39,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, ops, predict, visual
+from lib import checkpoint, flags, ops, predict, visual
 from lib import run as running
 from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
@@ -48,7 +48,7 @@ from lib.datasets.transforms import PIXELS, Augment
 from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, Deeplab, set_bn_affine
 from lib.models.fcn8s import FCN8s, scaled
-from lib.run import full, size
+from lib.run import full
 
 SOURCE_REAL, SOURCE_FAKE, TARGET_REAL, TARGET_FAKE = range(4)  # D's domain classes
 # l1, adv, c for each reduction. sum: published, sums over pixels and patches against the one mean of L1. mean: averages
@@ -75,9 +75,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--reduction", choices=list(WEIGHTS), default="sum", help="cross-entropies: sums over pixels "
                         "divided by the batch, or means over pixels; the weights' defaults follow: "
                         + ", ".join(f"{k} {v}" for k, v in WEIGHTS.items()))
-    method.add_argument("--l1_weight", type=float, help="G: |G(F(x)) - x|_1")
-    method.add_argument("--adv_weight", type=float, help="F: what is drawn must look real and of the other domain")
-    method.add_argument("--c_weight", type=float, help="F: D must label the drawn source image")
+    method.add_argument("--l1_weight", type=flags.amount, help="G: |G(F(x)) - x|_1")
+    method.add_argument("--adv_weight", type=flags.amount,
+                        help="F: what is drawn must look real and of the other domain")
+    method.add_argument("--c_weight", type=flags.amount, help="F: D must label the drawn source image")
     method.add_argument("--order", choices=["recomputed", "gradients_before_steps", "released"], default="recomputed",
                         help="which weights each gradient is taken with")
     method.add_argument("--low-memory", action="store_true", help="recomputed: run F twice, hold one graph at a time")
@@ -85,14 +86,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net = p.add_argument_group("networks")
     net.add_argument("--base", choices=["fcn8s", "deeplab"], default="fcn8s", help="F and C")
     net.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101", help="of --base deeplab")
-    net.add_argument("--width", type=float, default=1.0, help="share of the channels of FCN-8s, G and D")
+    net.add_argument("--width", type=flags.positive, default=1.0, help="share of the channels of FCN-8s, G and D")
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
-    net.add_argument("--dropout", type=float, default=0.5, help="behind fc6 and fc7")
+    net.add_argument("--dropout", type=flags.decay, default=0.5, help="behind fc6 and fc7")
     net.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
     net.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
     net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
-    net.add_argument("--num-classes", type=int, help="how many of the target's classes (default: all shared)")
+    net.add_argument("--num-classes", type=flags.count, help="how many of the target's classes (default: all shared)")
     data = p.add_argument_group("data")
     data.add_argument("--dataroot", help="folder that takes the place of data/ in the descriptions' folders")
     data.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
@@ -104,47 +105,51 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-list-target", help="file with one target image a line")
     data.add_argument("--set", help="set of the target to train on (default: the description's)")
     data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
-    data.add_argument("--input-size", type=size, help="width,height source images are resized to (default: the "
+    data.add_argument("--input-size", type=flags.size, help="width,height source images are resized to (default: the "
                       "description's)")
-    data.add_argument("--input-size-target", type=size, help="width,height target images are resized to")
-    data.add_argument("--crop-size", type=size, default=(640, 320), help="width,height of the random crops of both; "
+    data.add_argument("--input-size-target", type=flags.size, help="width,height target images are resized to")
+    data.add_argument("--crop-size", type=flags.size, default=(640, 320),
+                      help="width,height of the random crops of both; "
                       "at most the image")
     data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
     data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
-    data.add_argument("--ignore-label", type=int, default=255, help="class index without loss; void labels get it")
-    data.add_argument("--num-workers", type=int, default=min(4, os.cpu_count() or 1),
+    data.add_argument("--ignore-label", type=flags.label, default=255,
+                      help="class index without loss; void labels get it")
+    data.add_argument("--num-workers", type=flags.natural, default=min(4, os.cpu_count() or 1),
                       help="loader processes of each of the two data sets")
     data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batchSize", "--batch-size", dest="batch_size", type=int, default=1, help="pairs a process")
-    opt.add_argument("--num_iters", "--num-steps", dest="num_steps", type=int, default=100000)
+    opt.add_argument("--batchSize", "--batch-size", dest="batch_size", type=flags.count, default=1,
+                     help="pairs a process")
+    opt.add_argument("--num_iters", "--num-steps", dest="num_steps", type=flags.count, default=100000)
     opt.add_argument("--optimizer", choices=["Adam", "SGD"], default="Adam", help="of F and C")
-    opt.add_argument("--lr", "--learning-rate", dest="learning_rate", type=float, default=1e-5,
+    opt.add_argument("--lr", "--learning-rate", dest="learning_rate", type=flags.amount, default=1e-5,
                      help="of F and C; biases take twice as much")
-    opt.add_argument("--lr-g", type=float, default=1e-4, help="of G (Adam)")
-    opt.add_argument("--lr-d", type=float, default=1e-4, help="of D (Adam)")
-    opt.add_argument("--beta1", type=float, default=0.9, help="of F's Adam")
-    opt.add_argument("--beta1-gan", type=float, default=0.7, help="of G's and D's Adam")
-    opt.add_argument("--momentum", type=float, default=0.9, help="of F's SGD")
-    opt.add_argument("--weight_decay", "--weight-decay", type=float, default=0.0, help="of F and C")
-    opt.add_argument("--lr-epochs", type=int, default=8, help="passes over the source behind which --lr falls to a "
+    opt.add_argument("--lr-g", type=flags.amount, default=1e-4, help="of G (Adam)")
+    opt.add_argument("--lr-d", type=flags.amount, default=1e-4, help="of D (Adam)")
+    opt.add_argument("--beta1", type=flags.decay, default=0.9, help="of F's Adam")
+    opt.add_argument("--beta1-gan", type=flags.decay, default=0.7, help="of G's and D's Adam")
+    opt.add_argument("--momentum", type=flags.decay, default=0.9, help="of F's SGD")
+    opt.add_argument("--weight_decay", "--weight-decay", type=flags.amount, default=0.0, help="of F and C")
+    opt.add_argument("--lr-epochs", type=flags.natural, default=8,
+                     help="passes over the source behind which --lr falls to a "
                      "tenth, again and again; 0: never")
     out = p.add_argument_group("run")
     out.add_argument("--logdir", "--snapshot-dir", dest="snapshot_dir", default="snapshots/gan_da",
                      help="weights, resume file, log, pictures")
-    out.add_argument("--save-pred-every", type=int, default=5000, help="iterations between snapshots")
-    out.add_argument("--interval_validate", "--eval-every", dest="eval_every", type=int, default=500,
+    out.add_argument("--save-pred-every", type=flags.count, default=5000, help="iterations between snapshots")
+    out.add_argument("--interval_validate", "--eval-every", dest="eval_every", type=flags.count, default=500,
                      help="iterations between evaluations")
-    out.add_argument("--save-num-images", type=int, default=2, help="rows of the pictures at each evaluation")
-    out.add_argument("--log-every", type=int, default=10)
+    out.add_argument("--save-num-images", type=flags.natural, default=2, help="rows of the pictures at each evaluation")
+    out.add_argument("--log-every", type=flags.count, default=10)
     out.add_argument("--tensorboard", action="store_true")
     out.add_argument("--log-dir", help="folder for TensorBoard (default: --logdir)")
     out.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, by default --logdir's "
                      "resume.pth")
-    out.add_argument("--random-seed", type=int, default=1234)
+    out.add_argument("--random-seed", type=flags.natural, default=1234)
     out.add_argument("--deterministic", action="store_true")
     out.add_argument("--cpu", action="store_true")
-    out.add_argument("--gpu", type=int, default=0, help="number of the GPU of a single process")
+    out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
     out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
     out.add_argument("--compile", action="store_true", help="torch.compile the networks")
     out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
@@ -154,15 +159,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in zip(("l1_weight", "adv_weight", "c_weight"), WEIGHTS[args.reduction], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("batch_size", "num_steps", "save_pred_every", "log_every", "eval_every"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.random_seed < 0:
-        p.error("--random-seed must not be negative")
-    if not 0 <= args.ignore_label <= 255:
-        p.error("--ignore-label must be 0..255")
-    if not args.width > 0 or not 0 <= args.dropout < 1:
-        p.error("--width must be positive and --dropout 0 or more and below 1")
     if args.order != "recomputed" and (args.low_memory or args.compile):
         p.error(f"--order {args.order} holds all graphs: --low-memory and --compile need --order recomputed")
     return args
@@ -681,6 +677,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
             running.require_finite(values, i + 1, names, last_good)
 
             done = i + 1
+            running.require_finite_weights(modules, done, names, last_good)
             log.step()
             if done % args.log_every == 0 or done == args.num_steps:
                 log.losses(done, {**values, "lr": lr})

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, ops, predict
+from lib import checkpoint, flags, ops, predict
 from lib import run as running
 from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
@@ -54,16 +53,15 @@ DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_ta
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    size = partial(running.size, form="two numbers")
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     method = p.add_argument_group("method")
     method.add_argument("--source-only", action="store_true", help="L_ce and L_lovasz alone, no target image")
-    method.add_argument("--lambda-lovasz", type=float, default=0.75)
-    method.add_argument("--lambda-asso", type=float, default=0.1, help="association of features and of classes")
-    method.add_argument("--lambda-lsr", type=float, default=0.01, help="adaptive label smoothing")
-    method.add_argument("--lsr-threshold", type=float, default=10.0)
-    method.add_argument("--alpha", type=float, default=0.5, help="share of the spatial aggregate (0: none)")
+    method.add_argument("--lambda-lovasz", type=flags.amount, default=0.75)
+    method.add_argument("--lambda-asso", type=flags.amount, default=0.1, help="association of features and of classes")
+    method.add_argument("--lambda-lsr", type=flags.amount, default=0.01, help="adaptive label smoothing")
+    method.add_argument("--lsr-threshold", type=flags.amount, default=10.0)
+    method.add_argument("--alpha", type=flags.share, default=0.5, help="share of the spatial aggregate (0: none)")
     method.add_argument("--aggregate", action=argparse.BooleanOptionalAction, default=None,
                         help="aggregation in validations too (default: yes, unless --source-only)")
     method.add_argument("--demo", action="store_true", help="render a small pair, train source-only and adapted")
@@ -73,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--not-restore-last", action="store_true", help="leave the head of --restore-from out")
     net.add_argument("--freeze-bn", action="store_true", help="BN statistics are used, not updated")
     net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
-    net.add_argument("--num-classes", type=int, help="how many of the target's classes (default: all shared)")
+    net.add_argument("--num-classes", type=flags.count, help="how many of the target's classes (default: all shared)")
     data = p.add_argument_group("data")
     data.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
     data.add_argument("--target", default="cityscapes", help="likewise")
@@ -84,43 +82,45 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--data-list-target", help="file with one target image a line")
     data.add_argument("--set", help="set of the target to train on (default: the description's)")
     data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
-    data.add_argument("--resize-short", type=size, default=(760, 988), help="least,most: range of the short side")
-    data.add_argument("--crop-size", type=size, default=(730, 730), help="width,height cut out afterwards")
-    data.add_argument("--input-size", type=size, help="width,height of source images instead, nothing cut")
-    data.add_argument("--input-size-target", type=size, help="width,height of target images instead, nothing cut")
-    data.add_argument("--test-size", type=size, help="width,height in validations (default: 1460,730, or "
+    data.add_argument("--resize-short", type=flags.size, default=(760, 988), help="least,most: range of the short side")
+    data.add_argument("--crop-size", type=flags.size, default=(730, 730), help="width,height cut out afterwards")
+    data.add_argument("--input-size", type=flags.size, help="width,height of source images instead, nothing cut")
+    data.add_argument("--input-size-target", type=flags.size, help="width,height of target images instead, nothing cut")
+    data.add_argument("--test-size", type=flags.size, help="width,height in validations (default: 1460,730, or "
                                                      "--input-size-target)")
     data.add_argument("--random-mirror", action=argparse.BooleanOptionalAction, default=True)
-    data.add_argument("--num-workers", type=int, default=min(4, os.cpu_count() or 1),
+    data.add_argument("--num-workers", type=flags.natural, default=min(4, os.cpu_count() or 1),
                       help="loader processes of each of the two data sets")
     data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batch-size", type=int, default=2, help="pairs a process and backward pass")
-    opt.add_argument("--iter-size", type=int, default=2, help="backward passes a step")
-    opt.add_argument("--learning-rate", type=float, default=2.5e-4)
-    opt.add_argument("--lr-mult-classifier", type=float, default=1.0, help="rate of the head over the backbone's")
-    opt.add_argument("--momentum", type=float, default=0.9)
-    opt.add_argument("--weight-decay", type=float, default=5e-4)
-    opt.add_argument("--power", type=float, default=0.9, help="of the polynomial decay")
-    opt.add_argument("--epochs", type=int, help="of the target set, where the decay would reach 0 (30; SYNTHIA 10)")
-    opt.add_argument("--epochs-stop", type=int, help="where training ends (28; SYNTHIA 8)")
-    opt.add_argument("--num-steps", type=int, help="steps instead of --epochs")
-    opt.add_argument("--num-steps-stop", type=int, help="steps instead of --epochs-stop (default: --num-steps)")
+    opt.add_argument("--batch-size", type=flags.count, default=2, help="pairs a process and backward pass")
+    opt.add_argument("--iter-size", type=flags.count, default=2, help="backward passes a step")
+    opt.add_argument("--learning-rate", type=flags.amount, default=2.5e-4)
+    opt.add_argument("--lr-mult-classifier", type=flags.amount, default=1.0,
+                     help="rate of the head over the backbone's")
+    opt.add_argument("--momentum", type=flags.decay, default=0.9)
+    opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
+    opt.add_argument("--power", type=flags.amount, default=0.9, help="of the polynomial decay")
+    opt.add_argument("--epochs", type=flags.count,
+                     help="of the target set, where the decay would reach 0 (30; SYNTHIA 10)")
+    opt.add_argument("--epochs-stop", type=flags.count, help="where training ends (28; SYNTHIA 8)")
+    opt.add_argument("--num-steps", type=flags.count, help="steps instead of --epochs")
+    opt.add_argument("--num-steps-stop", type=flags.count, help="steps instead of --epochs-stop (default: --num-steps)")
     out = p.add_argument_group("run")
     out.add_argument("--snapshot-dir", default="snapshots/pixel_assoc", help="weights, resume file, log, pictures")
-    out.add_argument("--save-pred-every", type=int, default=1000, help="iterations between snapshots")
-    out.add_argument("--eval-every", type=int, help="iterations between evaluations (default: as snapshots)")
+    out.add_argument("--save-pred-every", type=flags.count, default=1000, help="iterations between snapshots")
+    out.add_argument("--eval-every", type=flags.count, help="iterations between evaluations (default: as snapshots)")
     out.add_argument("--bn-stats", choices=["running", "target"], default="running",
                      help="target: re-estimate BN statistics on the target before scoring")
-    out.add_argument("--save-num-images", type=int, default=2, help="pictures at each evaluation")
-    out.add_argument("--log-every", type=int, default=10)
+    out.add_argument("--save-num-images", type=flags.natural, default=2, help="pictures at each evaluation")
+    out.add_argument("--log-every", type=flags.count, default=10)
     out.add_argument("--tensorboard", action="store_true")
     out.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")
     out.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
-    out.add_argument("--random-seed", type=int, default=1234)
+    out.add_argument("--random-seed", type=flags.natural, default=1234)
     out.add_argument("--deterministic", action="store_true")
     out.add_argument("--cpu", action="store_true")
-    out.add_argument("--gpu", type=int, default=0, help="number of the GPU of a single process")
+    out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
     out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
     out.add_argument("--compile", action="store_true", help="torch.compile the network")
     out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
@@ -129,14 +129,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.aggregate = not args.source_only if args.aggregate is None else args.aggregate
     args.eval_every = args.eval_every or args.save_pred_every
-    for name in ("batch_size", "iter_size", "save_pred_every", "log_every", "eval_every", "epochs", "epochs_stop",
-                 "num_steps", "num_steps_stop"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.random_seed < 0:
-        p.error("--random-seed must not be negative")
-    if not 0 <= args.alpha <= 1:
-        p.error("--alpha must be 0..1")
     if args.resize_short[0] > args.resize_short[1]:
         p.error("--resize-short takes the least, then the most")
     if bool(args.input_size) != bool(args.input_size_target):
@@ -453,6 +445,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
             scaler.update()
 
             done = i + 1
+            running.require_finite_weights([net], done, names, last_good)
             log.step()
             if done % args.log_every == 0 or done == stop_at:
                 log.losses(done, {**values, "lr": lr})

@@ -1,7 +1,6 @@
 """What every run needs around its loop: device, seeds, processes, precision, signals, progress, logs."""
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from lib.errors import UserError
 
+NOT_FINITE = "hold NaN or infinite values"  # in every message of lib.ops and csrc/ about such an input
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,6 +33,12 @@ def cli(main: Callable[[list[str] | None], int | None]) -> None:
         # what a loader process raises comes here with that process's traceback before it
         text = str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]
         print(f"{Path(sys.argv[0]).name}: {text.rstrip()}", file=sys.stderr, flush=True)
+        code = 2
+    except ValueError as error:
+        if NOT_FINITE not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {error}. The weights are spoilt, or --amp fp16 overflows: go on from an "
+              "older checkpoint with a lower --learning-rate, or with --amp off", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -49,14 +55,6 @@ def end_loaders() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes the end of a loader for an error
         for child in children:
             child.kill()
-
-
-def size(text: str, form: str = "width,height") -> tuple[int, int]:
-    """The type of a flag that takes two numbers above 0. Raises argparse.ArgumentTypeError."""
-    width, _, height = text.partition(",")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"expected {form} such as 1024,512, not {text!r}")
-    return int(width), int(height)
 
 
 @contextmanager
@@ -154,9 +152,9 @@ def start(*, cpu: bool, gpu: int = 0, amp: str, seed: int, deterministic: bool) 
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     on_gpu = torch.cuda.is_available() and not cpu
     index = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else gpu
-    if on_gpu and index >= torch.cuda.device_count():
-        raise UserError(f"GPU {index} was asked for, but this machine shows {torch.cuda.device_count()}: "
-                        "choose another --gpu, fewer processes, or --cpu")
+    if (on_gpu or gpu and not cpu) and index >= torch.cuda.device_count():
+        raise UserError(f"GPU {index} was asked for, but PyTorch sees {torch.cuda.device_count()}: choose another "
+                        "--gpu, fewer processes, or --cpu")
     device = torch.device("cuda", index) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -295,3 +293,10 @@ def require_finite(losses: Mapping[str, float], iteration: int, files: Iterable[
             f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in bad.items())
             + f" for the images {', '.join(files)}. Last good checkpoint: {last_good or 'none yet'}. "
             "A lower --learning-rate, or --amp off, are the first things to try.")
+
+
+def require_finite_weights(modules: Iterable[nn.Module], iteration: int, files: Iterable[str],
+                           last_good: Path | None) -> None:
+    """The same after a step: a loss that was finite may have had a gradient that was not."""
+    norm = nn.utils.get_total_norm(p.detach() for module in modules for p in module.parameters())
+    require_finite({"the norm of the weights": float(norm)}, iteration, files, last_good)

@@ -1,4 +1,5 @@
 """Mistakes in the data of train_adaptsegnet.py: one message before training starts, which file it is and what to do."""
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from conftest import ROOT
 from PIL import Image
 from scripts import execute, message, render, training
 
+import lib.flags
 import train_adaptsegnet as script
+from lib import run as running
 from lib.errors import UserError
 
 SCRIPT = "train_adaptsegnet.py"
@@ -103,6 +106,32 @@ def test_a_message_before_training(pair, tmp_path, case):
     for fact in facts:
         assert fact in str(caught.value), str(caught.value)
     assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+# (flag, text it refuses): a type of lib/flags.py each, and nan, which compares as false with everything
+NUMBERS = [("--batch-size", "0"), ("--num-steps", "1e3"), ("--num-workers", "-1"), ("--ignore-label", "256"),
+           ("--learning-rate", "-1"), ("--learning-rate", "nan"), ("--lambda-seg", "inf"), ("--momentum", "1"),
+           ("--input-size", "96"), ("--input-size", "0,48")]
+
+
+@pytest.mark.parametrize(("flag", "text"), NUMBERS)
+def test_a_number_that_makes_no_sense(flag, text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.parse_args([flag, text])
+    assert caught.value.code == 2
+    assert f"argument {flag}: expected " in (said := capsys.readouterr().err) and f"not '{text}'" in said
+
+
+@pytest.mark.parametrize(("kind", "text"), [("share", "1.1"), ("positive", "0"), ("scales", "0.9,0"), ("scales", "")])
+def test_other_flag_types(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"not {text!r}"):
+        getattr(lib.flags, kind)(text)
+    assert (lib.flags.share("1"), lib.flags.positive("0.5"), lib.flags.scales("0.9,1")) == (1, 0.5, (0.9, 1))
+
+
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(UserError, match="GPU 99 was asked for, but PyTorch sees"):
+        running.start(cpu=False, gpu=99, amp="off", seed=0, deterministic=False)
 
 
 def test_weights_of_another_network(rendered, tmp_path):

@@ -224,6 +224,13 @@ def half_a_network(place):
     return ["--restore-from", "less.pth"], ["less.pth does not fill the network", "layer5"]
 
 
+def weights_of_nan(place):
+    state = torch.load(place / "trained.pth")
+    state["conv1.weight"][0] = torch.nan
+    torch.save(state, place / "nan.pth")
+    return [*on_demo(place), "--restore-from", "nan.pth"], ["logits hold NaN or infinite values", "older checkpoint"]
+
+
 def label_without_image_size(place):
     copy = shutil.copytree(place / "pair/cityscapes", place / "sizes")
     path = next((copy / "gtFine/val").rglob("*.png"))
@@ -243,6 +250,7 @@ BAD = {
     "a discriminator": discriminator,
     "a truncated checkpoint": half_a_file,
     "an incomplete network": half_a_network,
+    "spoilt weights": weights_of_nan,
     "another model": lambda place: (["--model", "DeeplabVGG"], ["of the backbone", "--model"]),
     "other classes": lambda place: (["--num-classes", "19"], ["has 14 classes"]),
     "no data": lambda place: (["--data-dir", "nowhere"], ["nowhere: no such folder"]),
@@ -255,10 +263,16 @@ BAD = {
 }
 
 
+def test_a_folder_that_cannot_be_written(place):
+    (place / "a_file").touch()
+    assert "--save a_file/maps: cannot be written" in refusal(place, *on_demo(place), "--save", "a_file/maps")
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_message(place, case):
     flags, facts = BAD[case](place)
-    if case in ("no checkpoint", "unreadable picture"):  # the second comes from a loader process
+    # the second comes from a loader process, the third from an operator
+    if case in ("no checkpoint", "unreadable picture", "spoilt weights"):
         flags = arguments(place, *flags, "--save", "none")
         text = message(execute("evaluate.py", *flags, cwd=place, code=2), "evaluate.py")
         assert text.count("\n") == 1

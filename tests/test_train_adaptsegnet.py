@@ -241,13 +241,20 @@ def test_resume_at_the_end_and_with_other_flags(pair, folder):
 
 def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
     done = execute(SCRIPT, *training(pair, folder, "--num-steps", "9", "--source-only", "--save-pred-every", "1",
-                                     "--learning-rate", "1e20", "--eval-every", "9"), code=2)
+                                     "--learning-rate", "1e7", "--eval-every", "9"), code=2)
     text = message(done, SCRIPT)
     stopped = int(text.split("iteration ")[1].split(":")[0])
     assert 2 <= stopped <= 4 and "loss_seg2 is " in text and "--learning-rate" in text
     assert f"Last good checkpoint: {folder / 'resume.pth'}" in text
     assert checkpoint.load(folder / "resume.pth")["iteration"] == stopped - 1
     assert any(f"images {p.stem}." in text for p in (pair / "gta5/images").iterdir())
+
+
+def test_weights_that_are_not_finite_stop_the_run(pair, folder):
+    flags = training(pair, folder, "--source-only", "--save-pred-every", "1", "--learning-rate", "1e38")
+    done = execute(SCRIPT, *flags, code=2)
+    assert "iteration 1: the norm of the weights is " in message(done, SCRIPT)
+    assert not list(folder.glob("*.pth")), "no snapshot of them"
 
 
 def test_fp16_scales_its_losses(pair, folder, in_this_process, monkeypatch):

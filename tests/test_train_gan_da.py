@@ -348,7 +348,7 @@ def test_resume_at_the_end_and_with_other_flags(here, folder, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
-    done = execute(SCRIPT, *gan(pair, folder, "--num-steps", "9", "--save-pred-every", "1", "--lr", "1e20",
+    done = execute(SCRIPT, *gan(pair, folder, "--num-steps", "9", "--save-pred-every", "1", "--lr", "1e10",
                                 "--eval-every", "9"), code=2)
     text = message(done, SCRIPT)
     stopped = int(text.split("iteration ")[1].split(":")[0])

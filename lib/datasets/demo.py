@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
+from lib import flags
 from lib.errors import UserError
 
 VERSION = 6  # raise it when the pictures change: demos rendered before are then rendered again
@@ -766,10 +767,10 @@ def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_
 def main() -> None:
     parser = argparse.ArgumentParser(description="Renders the miniature pair of --demo.")
     parser.add_argument("out", type=Path, help="folder to render into")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, nargs=2, default=(192, 96), metavar=("W", "H"), help="pixels")
-    parser.add_argument("--counts", type=int, nargs=3, default=(240, 160, 40), metavar=("SOURCE", "TARGET", "VAL"),
-                        help="pictures")
+    parser.add_argument("--seed", type=flags.natural, default=0)
+    parser.add_argument("--size", type=flags.count, nargs=2, default=(192, 96), metavar=("W", "H"), help="pixels")
+    parser.add_argument("--counts", type=flags.count, nargs=3, default=(240, 160, 40),
+                        metavar=("SOURCE", "TARGET", "VAL"), help="pictures")
     args = parser.parse_args()
     try:
         print(render_demo(args.out, args.seed, tuple(args.size), *args.counts))
