@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--iter-size", type=flags.count, default=1, help="backward passes a step")
     opt.add_argument("--learning-rate", type=flags.amount, default=2.5e-4, help="of G; heads take 10 times as much")
     opt.add_argument("--learning-rate-D", dest="learning_rate_D", type=flags.amount, default=1e-4)
-    opt.add_argument("--momentum", type=flags.decay, default=0.9)
+    opt.add_argument("--momentum", type=flags.below_one, default=0.9)
     opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
     opt.add_argument("--power", type=flags.amount, default=0.9, help="of the polynomial decay")
     opt.add_argument("--num-steps", type=flags.count, default=250000, help="where the decay would reach 0")

@@ -146,7 +146,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt = p.add_argument_group("optimisation")
     opt.add_argument("--batch-size", type=flags.count, default=2, help="images a process and step, of both domains")
     opt.add_argument("--learning-rate", type=flags.amount, default=5e-5, help="heads take 10 times as much")
-    opt.add_argument("--momentum", type=flags.decay, default=0.9)
+    opt.add_argument("--momentum", type=flags.below_one, default=0.9)
     opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
     opt.add_argument("--power", type=flags.amount, default=0.0,
                      help="of the polynomial decay within a round; 0: constant")

@@ -61,8 +61,8 @@ FREE_ARGUMENTS = {"resume", "num_workers", "num_steps", "save_pred_every", "eval
 # --demo: settings for a narrow FCN-8s from random weights on the rendered pair; any flag given besides wins.
 DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
             width=0.125, padding="same", input_size=(96, 48), input_size_target=(96, 48), reduction="mean",
-            batch_size=4, num_steps=800, learning_rate=1e-3, lr_g=5e-4, lr_d=1e-4, lr_epochs=10, random_mirror=True,
-            snapshot_dir="snapshots/demo_gan", save_pred_every=800, eval_every=800, num_workers=0)
+            batch_size=4, num_steps=1200, learning_rate=1e-3, lr_g=1e-3, lr_d=3e-4, lr_epochs=15, adv_weight=0.03,
+            random_mirror=True, snapshot_dir="snapshots/demo_gan", save_pred_every=1200, eval_every=1200, num_workers=0)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,7 +89,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--width", type=flags.positive, default=1.0, help="share of the channels of FCN-8s, G and D")
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
-    net.add_argument("--dropout", type=flags.decay, default=0.5, help="behind fc6 and fc7")
+    net.add_argument("--dropout", type=flags.below_one, default=0.5, help="behind fc6 and fc7")
     net.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
     net.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
     net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
@@ -127,9 +127,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                      help="of F and C; biases take twice as much")
     opt.add_argument("--lr-g", type=flags.amount, default=1e-4, help="of G (Adam)")
     opt.add_argument("--lr-d", type=flags.amount, default=1e-4, help="of D (Adam)")
-    opt.add_argument("--beta1", type=flags.decay, default=0.9, help="of F's Adam")
-    opt.add_argument("--beta1-gan", type=flags.decay, default=0.7, help="of G's and D's Adam")
-    opt.add_argument("--momentum", type=flags.decay, default=0.9, help="of F's SGD")
+    opt.add_argument("--beta1", type=flags.below_one, default=0.9, help="of F's Adam")
+    opt.add_argument("--beta1-gan", type=flags.below_one, default=0.7, help="of G's and D's Adam")
+    opt.add_argument("--momentum", type=flags.below_one, default=0.9, help="of F's SGD")
     opt.add_argument("--weight_decay", "--weight-decay", type=flags.amount, default=0.0, help="of F and C")
     opt.add_argument("--lr-epochs", type=flags.natural, default=8,
                      help="passes over the source behind which --lr falls to a "

@@ -24,7 +24,7 @@ label = _number(int, lambda n: 0 <= n <= 255, "a whole number from 0 to 255")
 amount = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 positive = _number(float, lambda x: 0 < x < math.inf, "a number above 0")
 share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-decay = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+below_one = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 def scales(text: str) -> tuple[float, ...]:

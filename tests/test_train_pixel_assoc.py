@@ -211,3 +211,16 @@ def test_flags_that_make_no_sense(flags, capsys):
     with pytest.raises(SystemExit) as error:
         script.parse_args(flags)
     assert error.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_the_demo_adapts_the_source_only_network(pair, folder, monkeypatch, in_this_process, capsys):
+    rendered = []
+    monkeypatch.setattr(script, "render_demo", lambda root, seed: rendered.append((str(root), seed)))
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert script.main(["--demo", "--random-seed", "7", *arguments(pair, Path("out"), "--num-steps", "2")]) == 0
+    out = capsys.readouterr().out
+    assert rendered == [("data/demo", 7)] and "source, target BN" in out
+    first, _, second = out.partition("--- adapted")
+    assert "none, random weights" in first and "tensors loaded (100.0 % of the backbone)" in second
+    assert (folder / "out/adapted/GTA5_1.pth").exists() and (folder / "result/demo/pixel_assoc.png").exists()
