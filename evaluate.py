@@ -141,14 +141,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--json {args.json}: its folder does not exist")
     save = Path(args.save or f"result/{Path(args.images).name if args.images else data.name}")
     save = None if args.save == "none" else save
+    if args.label_ids and (data.encoding == "rgb" or not set(classes) <= set(data.classes)):
+        lacking = ", ".join(sorted(set(classes) - set(data.classes))) or "which are colours"
+        raise UserError(f"--label-ids: {data.name} has no ids for the classes {lacking}")
     if save:
+        check_names(images)
         try:
             save.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
-    if args.label_ids and (data.encoding == "rgb" or not set(classes) <= set(data.classes)):
-        lacking = ", ".join(sorted(set(classes) - set(data.classes))) or "which are colours"
-        raise UserError(f"--label-ids: {data.name} has no ids for the classes {lacking}")
 
     running.header(run, {
         "kernels": ops.backend(),
@@ -171,7 +172,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         net = predict.reestimate_bn(net, on, size, known["pixels"], run, args.num_workers)
     net = predict.prepare(net, running.AMP_DTYPES[args.amp] or torch.float32, args.compile)
 
-    check_names(images, save)
     # what is written: the data set's own numbering, so that compute_iou.py can read the maps of 16 or 13 classes too
     places, ids = np.arange(256, dtype=np.uint8), np.zeros(256, np.uint8)
     if set(classes) <= set(data.classes):
@@ -227,10 +227,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             Path(args.json).write_text(json.dumps(scores, indent=1) + "\n")
 
 
-def check_names(images: Sequence[Path], save: Path | None) -> None:
+def check_names(images: Sequence[Path]) -> None:
     """Predictions lie side by side: two images of one name would overwrite each other."""
     seen: dict[str, Path] = {}
-    for path in images if save else ():
+    for path in images:
         if path.stem in seen:
             raise UserError(f"{path} and {seen[path.stem]} have the same name and would share one output file")
         seen[path.stem] = path

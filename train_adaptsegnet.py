@@ -143,7 +143,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             setattr(args, name, multi if args.multi_level else single)
     args.num_steps_stop = args.num_steps_stop or min(150000, args.num_steps)
     args.eval_every = args.eval_every or args.save_pred_every
-    if not 1 <= args.num_steps_stop <= args.num_steps:
+    if args.num_steps_stop > args.num_steps:
         p.error(f"--num-steps-stop must be 1..{args.num_steps} (--num-steps)")
     if args.adapt == "feature" and args.multi_level:
         p.error("--adapt feature is the single-level baseline: leave --multi-level out")

@@ -125,8 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--set", help="set of the target to label and train on (default: the description's)")
     data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
     data.add_argument("--subset", type=flags.count, metavar="N",
-                      help="use N target images, drawn by --seed and listed in "
-                                                              "subset.txt")
+                      help="use N target images, drawn by --seed and listed in subset.txt")
     data.add_argument("--allow-overlap", action="store_true", help="label images that are scored too")
     data.add_argument("--input-size", type=flags.size, help="width,height of source images (default: the files')")
     data.add_argument("--input-size-target", type=flags.size,

@@ -109,8 +109,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "description's)")
     data.add_argument("--input-size-target", type=flags.size, help="width,height target images are resized to")
     data.add_argument("--crop-size", type=flags.size, default=(640, 320),
-                      help="width,height of the random crops of both; "
-                      "at most the image")
+                      help="width,height of the random crops of both; at most the image")
     data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
     data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
     data.add_argument("--ignore-label", type=flags.label, default=255,
@@ -132,8 +131,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--momentum", type=flags.below_one, default=0.9, help="of F's SGD")
     opt.add_argument("--weight_decay", "--weight-decay", type=flags.amount, default=0.0, help="of F and C")
     opt.add_argument("--lr-epochs", type=flags.natural, default=8,
-                     help="passes over the source behind which --lr falls to a "
-                     "tenth, again and again; 0: never")
+                     help="passes over the source behind which --lr falls to a tenth, again and again; 0: never")
     out = p.add_argument_group("run")
     out.add_argument("--logdir", "--snapshot-dir", dest="snapshot_dir", default="snapshots/gan_da",
                      help="weights, resume file, log, pictures")

@@ -49,7 +49,7 @@ FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", 
 DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
             arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), batch_size=1, iter_size=1,
             num_steps=400, learning_rate=1e-2, save_pred_every=400, snapshot_dir="snapshots/demo_pixel_assoc",
-            num_workers=0, bn_stats="target", aggregate=False)  # at 24 x 12 features aggregation costs points
+            num_workers=0, bn_stats="target", aggregate=False)  # at 25 x 13 features aggregation costs points
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -86,8 +86,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--crop-size", type=flags.size, default=(730, 730), help="width,height cut out afterwards")
     data.add_argument("--input-size", type=flags.size, help="width,height of source images instead, nothing cut")
     data.add_argument("--input-size-target", type=flags.size, help="width,height of target images instead, nothing cut")
-    data.add_argument("--test-size", type=flags.size, help="width,height in validations (default: 1460,730, or "
-                                                     "--input-size-target)")
+    data.add_argument("--test-size", type=flags.size,
+                      help="width,height in validations (default: 1460,730, or --input-size-target)")
     data.add_argument("--random-mirror", action=argparse.BooleanOptionalAction, default=True)
     data.add_argument("--num-workers", type=flags.natural, default=min(4, os.cpu_count() or 1),
                       help="loader processes of each of the two data sets")

@@ -297,6 +297,6 @@ def require_finite(losses: Mapping[str, float], iteration: int, files: Iterable[
 
 def require_finite_weights(modules: Iterable[nn.Module], iteration: int, files: Iterable[str],
                            last_good: Path | None) -> None:
-    """The same after a step: a loss that was finite may have had a gradient that was not."""
+    """The same for the weights after a step: a finite loss may have a gradient that is not. Raises UserError."""
     norm = nn.utils.get_total_norm(p.detach() for module in modules for p in module.parameters())
     require_finite({"the norm of the weights": float(norm)}, iteration, files, last_good)
