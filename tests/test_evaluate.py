@@ -19,6 +19,7 @@ from lib.datasets.description import load_description
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.discriminator import FCDiscriminator
+from lib.models.fcn8s import FCN8s
 
 DEMO = load_description("demo")
 
@@ -224,6 +225,11 @@ def half_a_network(place):
     return ["--restore-from", "less.pth"], ["less.pth does not fill the network", "layer5"]
 
 
+def fcn_called_deeplab(place):
+    checkpoint.save_weights(FCN8s(14, width=0.03125), place / "fcn.pth", {"width": 0.03125})
+    return ["--restore-from", "fcn.pth", "--model", "Deeplab"], ["Deeplab on vgg16 is not a network that is used here"]
+
+
 def weights_of_nan(place):
     state = torch.load(place / "trained.pth")
     state["conv1.weight"][0] = torch.nan
@@ -252,6 +258,7 @@ BAD = {
     "an incomplete network": half_a_network,
     "spoilt weights": weights_of_nan,
     "another model": lambda place: (["--model", "DeeplabVGG"], ["of the backbone", "--model"]),
+    "FCN-8s called a DeepLab": fcn_called_deeplab,
     "other classes": lambda place: (["--num-classes", "19"], ["has 14 classes"]),
     "no data": lambda place: (["--data-dir", "nowhere"], ["nowhere: no such folder"]),
     "no such set": lambda place: ([*on_demo(place), "--set", "test"], ["no image of the set 'test'"]),

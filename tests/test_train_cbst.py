@@ -35,6 +35,7 @@ from lib.datasets.folder import ImageFolder
 from lib.datasets.transforms import random_crop
 from lib.errors import UserError
 from lib.models.deeplab import build
+from lib.models.fcn8s import FCN8s
 
 SCRIPT = "train_cbst.py"
 CLASSES = list(load_description("demo").classes)
@@ -540,6 +541,14 @@ def test_flags_that_make_no_sense(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         script.parse_args(["--restore-from", "x", *flags])
     assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_a_start_of_another_kind_of_network(place, folder):
+    net = FCN8s(14, width=0.03125)
+    checkpoint.save_weights(net, place / "fcn.pth", {"model": "FCN8s", "width": 0.03125})
+    text = message(execute(SCRIPT, *rounds(place, folder, start="fcn.pth"), code=2), SCRIPT)
+    assert "FCN8s on vgg16 is not a network that is used here" in text and "DeeplabVGG" in text
+    assert text.count("\n") == 1 and not folder.exists()
 
 
 def test_a_start_is_needed(capsys):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import ops
+from lib.errors import UserError
 
 ASPP_RATES = (6, 12, 18, 24)
 
@@ -240,8 +241,12 @@ def build(model: str, num_classes: int, arch: str = "resnet101", aspp: str = "re
           stride_on: str = "1x1") -> nn.Module:
     """The network called ``model`` in MODELS; ``arch`` and ``stride_on`` concern the ResNets only.
 
-    DeeplabPixelAssoc has one head, of four rates, whatever ``aspp`` says.
+    DeeplabPixelAssoc has one head, of four rates, whatever ``aspp`` says. Raises UserError for what a checkpoint or a
+    flag may name that is none of these networks.
     """
+    if model not in MODELS or model != "DeeplabVGG" and arch not in ARCHITECTURES:
+        raise UserError(f"{model} on {arch} is not a network that is used here: choose a checkpoint of "
+                        f"{', '.join(MODELS)} ({', '.join(ARCHITECTURES)}), or --model and --arch to fit")
     if model == "DeeplabVGG":
         return DeeplabVGG(num_classes, aspp)
     if model == "DeeplabPixelAssoc":
