@@ -24,8 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from lib import checkpoint, flags, metrics, ops, predict, visual
-from lib import run as running
+from lib import checkpoint, flags, metrics, ops, predict, runtime, visual
 from lib.datasets.description import Description, load_description, select_classes
 from lib.datasets.folder import ImageFolder
 from lib.datasets.transforms import PIXELS, Augment
@@ -66,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--panels", action="store_true", help="also NAME_panel.png: image, truth if known, prediction")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
     p.add_argument("--num-workers", type=flags.natural, default=2, help="processes that decode and resize ahead")
-    p.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off",
+    p.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off",
                    help="weights and activations in 16 bits (under 1 %% of the label map changes)")
     p.add_argument("--compile", action="store_true", help="torch.compile the network: pays from dozens of images on")
     p.add_argument("--cpu", action="store_true")
@@ -124,7 +123,7 @@ def open_images(args: argparse.Namespace, data: Description, task: Description, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    run = running.start(cpu=args.cpu, gpu=args.gpu, amp="off", seed=0, deterministic=False)
+    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp="off", seed=0, deterministic=False)
     ops.use(args.ops)
     net, known, report = load_network(args)
     data = load_description(args.data or known["task"])
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except OSError as error:
             raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
 
-    running.header(run, {
+    runtime.header(run, {
         "kernels": ops.backend(),
         "network": f"{known['model']} {known['arch']}, {len(classes)} classes"
                    + f", ASPP {known['aspp']}" * (known["model"] != "FCN8s"),
@@ -170,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             on = ImageFolder(data, args.data_dir or data.root, set_, classes, None, task=task, labelled=False).images
         run.say(f"BN statistics re-estimated on {len(on)} images")
         net = predict.reestimate_bn(net, on, size, known["pixels"], run, args.num_workers)
-    net = predict.prepare(net, running.AMP_DTYPES[args.amp] or torch.float32, args.compile)
+    net = predict.prepare(net, runtime.AMP_DTYPES[args.amp] or torch.float32, args.compile)
 
     # what is written: the data set's own numbering, so that compute_iou.py can read the maps of 16 or 13 classes too
     places, ids = np.arange(256, dtype=np.uint8), np.zeros(256, np.uint8)
@@ -237,4 +236,4 @@ def check_names(images: Sequence[Path]) -> None:
 
 
 if __name__ == "__main__":
-    running.cli(main)
+    runtime.cli(main)

@@ -28,17 +28,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, ops, predict
-from lib import run as running
+from lib import checkpoint, flags, ops, predict, runtime
 from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
-from lib.datasets.folder import Pair, endless, open_pair
+from lib.datasets.folder import DomainPair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment
 from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, build, set_bn_affine, set_train_mode
 from lib.models.discriminator import FCDiscriminator
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
-from lib.run import full
+from lib.runtime import as_float32
 
 SOURCE, TARGET = 0, 1  # domain labels of the code; the paper writes the reverse
 # Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
@@ -127,7 +126,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out.add_argument("--deterministic", action="store_true")
     out.add_argument("--cpu", action="store_true")
     out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
-    out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
+    out.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="mixed precision")
     out.add_argument("--compile", action="store_true", help="torch.compile the networks")
     out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
     if p.parse_known_args(argv)[0].demo:
@@ -155,7 +154,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def upsample(pred: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners=True (in training and test): [N, C, h, w] -> [N, C, *size]."""
-    return F.interpolate(full(pred), tuple(size), mode="bilinear", align_corners=True)
+    return F.interpolate(as_float32(pred), tuple(size), mode="bilinear", align_corners=True)
 
 
 def loss_seg(pred: Tensor, label: Tensor, ignore: int, valid: Tensor | None = None) -> Tensor:
@@ -182,23 +181,23 @@ class Level(NamedTuple):
     lambda_adv: float
 
 
-def outputs(net: nn.Module, x: Tensor, adapt: str, run: running.Run) -> tuple[list[Tensor], list[Tensor]]:
+def outputs(net: nn.Module, x: Tensor, adapt: str, run: runtime.Run) -> tuple[list[Tensor], list[Tensor]]:
     """(up-sampled logits of each level, what D sees of each level before the softmax)."""
     with run.autocast():
         out = net(x, return_features=adapt == "feature")
     if adapt == "feature":
-        return [upsample(out[1], x.shape[2:])], [full(out[0])]
+        return [upsample(out[1], x.shape[2:])], [as_float32(out[0])]
     preds = [upsample(pred, x.shape[2:]) for pred in (out if isinstance(out, tuple) else (out,))]
     return preds, preds
 
 
-def domain_score(level: Level, seen: Tensor, adapt: str, run: running.Run) -> Tensor:
+def domain_score(level: Level, seen: Tensor, adapt: str, run: runtime.Run) -> Tensor:
     with run.autocast():
-        return full(level.discriminator(F.softmax(seen, dim=1) if adapt == "output" else seen))
+        return as_float32(level.discriminator(F.softmax(seen, dim=1) if adapt == "output" else seen))
 
 
 def adapt_backward(net: nn.Module, levels: Sequence[Level], x_s: Tensor, y_s: Tensor, x_t: Tensor | None, *, gan: str,
-                   adapt: str, iter_size: int, ignore: int, run: running.Run,
+                   adapt: str, iter_size: int, ignore: int, run: runtime.Run,
                    scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
     """Accumulate the gradients of one batch in G and all D_i (x_t None: source only). Returns the unweighted losses."""
     losses: dict[str, Tensor] = {}
@@ -241,14 +240,14 @@ def adapt_backward(net: nn.Module, levels: Sequence[Level], x_s: Tensor, y_s: Te
 
 class Outcome(NamedTuple):
     net: nn.Module
-    data: Pair
+    data: DomainPair
     confusion: np.ndarray | None  # of the last weights on the validation set
     pixels: str
 
 
 def train(args: argparse.Namespace) -> Outcome | int:
     """One run; returns its outcome, or an exit code when it was asked to leave early."""
-    run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
+    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
 
@@ -317,7 +316,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
     elif resume_file.exists():
         run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
 
-    running.header(run, {
+    runtime.header(run, {
         "kernels": ops.backend(), "weights": loaded,
         "networks": f"{args.model} {backbone}, {len(data.classes)} classes, ASPP {args.aspp}",
         "batch norm": f"weights {'train' if affine else 'frozen'}, "
@@ -351,14 +350,14 @@ def train(args: argparse.Namespace) -> Outcome | int:
 
     # the loop
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = running.Log(run, folder / "log.jsonl", first, args.num_steps_stop, tensorboard)
+    log = runtime.Log(run, folder / "log.jsonl", first, args.num_steps_stop, tensorboard)
     stream = dict(batch=args.batch_size, workers=args.num_workers, start=first * args.iter_size, rank=run.rank,
                   world=run.world, pin=run.device.type == "cuda")
     batches_s = endless(data.source, seed=args.random_seed, **stream)
     batches_t = None if args.source_only else endless(data.target, seed=args.random_seed + 1, **stream)
     set_train_mode(net, freeze_bn=not args.is_training)
     last_good = resume_file if first else None
-    with running.StopRequest() as stop:
+    with runtime.StopRequest() as stop:
         for i in range(first, args.num_steps_stop):
             lr = set_poly_lr(optimizer, args.learning_rate, i, args.num_steps, args.power)
             optimizer.zero_grad()
@@ -378,14 +377,14 @@ def train(args: argparse.Namespace) -> Outcome | int:
                 for key, loss in losses.items():
                     sums[key] = sums.get(key, 0.0) + loss.detach() / args.iter_size
             values = run.mean_values(sums)
-            running.require_finite(values, i + 1, names, last_good)
+            runtime.require_finite(values, i + 1, names, last_good)
             run.average_gradients([net, *discriminators.values()])
             for o in (optimizer, *optimizers_d):
                 scaler.step(o)
             scaler.update()
 
             done = i + 1
-            running.require_finite_weights([net, *discriminators.values()], done, names, last_good)
+            runtime.require_finite_weights([net, *discriminators.values()], done, names, last_good)
             log.step()
             if done % args.log_every == 0 or done == args.num_steps_stop:
                 log.losses(done, {**values, "lr": lr})
@@ -421,7 +420,7 @@ def demo(args: argparse.Namespace) -> int:
             return outcome
         outcomes.append(outcome)
     source_only, adapted = outcomes
-    run = running.Run(next(adapted.net.parameters()).device, 0, 1, "off")
+    run = runtime.Run(next(adapted.net.parameters()).device, 0, 1, "off")
     predict.compare((source_only.net, source_only.confusion), (adapted.net, adapted.confusion), adapted.data,
                     args.input_size_target, adapted.pixels, run, Path("result/demo/report.png"),
                     bn_stats=args.bn_stats, workers=args.num_workers)
@@ -439,4 +438,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    running.cli(main)
+    runtime.cli(main)

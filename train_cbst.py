@@ -41,17 +41,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lib import checkpoint, flags, ops, predict, rounds, visual
-from lib import run as running
+from lib import checkpoint, flags, ops, predict, rounds, runtime, visual
 from lib.datasets.demo import render_demo
 from lib.datasets.description import label_table, load_description, written_values
-from lib.datasets.folder import ImageFolder, Pair, endless, open_pair
+from lib.datasets.folder import DomainPair, ImageFolder, endless, open_pair
 from lib.datasets.transforms import PIXELS, random_crop
 from lib.errors import UserError
+from lib.files import atomic_write
 from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou
 from lib.models.deeplab import ARCHITECTURES, MODELS, build, logits_of, set_bn_affine, set_train_mode
 from lib.optim import deeplab_sgd, set_poly_lr
-from lib.run import full
+from lib.runtime import as_float32
 
 IGNORE = 255
 RELEASED_SIGMA = 70 / 6 / 1024  # of the spatial prior, in image heights: the paper's 70 x 70 kernel at 1024, cut at 3
@@ -167,7 +167,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out.add_argument("--deterministic", action="store_true")
     out.add_argument("--cpu", action="store_true")
     out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
-    out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
+    out.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="mixed precision")
     out.add_argument("--compile", action="store_true", help="torch.compile the network")
     out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
     if p.parse_known_args(argv)[0].demo:
@@ -260,7 +260,7 @@ def balanced_prior(prior: Tensor) -> Tensor:
 
 def upsample(pred: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners=True (in training and test): [N, C, h, w] -> [N, C, *size]."""
-    return F.interpolate(full(pred), tuple(size), mode="bilinear", align_corners=True)
+    return F.interpolate(as_float32(pred), tuple(size), mode="bilinear", align_corners=True)
 
 
 def labelled_pixels(label: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ def loss_kld(log_p: Tensor, label: Tensor, weight: Tensor, regularised: Tensor) 
 
 
 def self_training_backward(net: nn.Module, x: Tensor, label: Tensor, on_target: Tensor, *, mr_weight_kld: float,
-                           run: running.Run, scale: Callable[[Tensor], Tensor] = lambda loss: loss
+                           run: runtime.Run, scale: Callable[[Tensor], Tensor] = lambda loss: loss
                            ) -> dict[str, Tensor]:
     """Gradients of one batch of both domains. on_target [N]: 1 for target images, 0 for source. Returns the losses."""
     with run.autocast():
@@ -410,12 +410,12 @@ def require_diverse(pixels: Tensor, classes: Sequence[str], most: float, r: int,
 
 class Outcome(NamedTuple):
     net: nn.Module
-    data: Pair
+    data: DomainPair
     confusion: np.ndarray | None  # of the last weights on the validation set
     pixels: str
 
 
-def open_data(args: argparse.Namespace) -> Pair:
+def open_data(args: argparse.Namespace) -> DomainPair:
     data = open_pair(
         load_description(args.source), load_description(args.target), None, None, num_classes=args.num_classes,
         root_s=args.data_dir, root_t=args.data_dir_target, set_s=args.source_set, set_t=args.set, set_val=args.val_set,
@@ -429,7 +429,7 @@ def open_data(args: argparse.Namespace) -> Pair:
     return data
 
 
-def open_prior(args: argparse.Namespace, data: Pair, folder: Path, run: running.Run) -> Tensor | None:
+def open_prior(args: argparse.Namespace, data: DomainPair, folder: Path, run: runtime.Run) -> Tensor | None:
     """The prior [C, H, W] at the size of the target's files, built once into ``folder``. Raises UserError."""
     if not args.spatial_prior:
         return None
@@ -438,7 +438,7 @@ def open_prior(args: argparse.Namespace, data: Pair, folder: Path, run: running.
     path = folder / "prior.npz" if args.spatial_prior == "build" else Path(args.spatial_prior)
     if args.spatial_prior == "build" and run.is_main and not (args.resume and path.exists()):
         labels = (data.source.truth(i) for i in range(len(data.source)))
-        with running.replacing(path) as new:
+        with atomic_write(path) as new:
             np.savez_compressed(new, prior_array=spatial_prior(labels, len(data.classes), shape))
     run.barrier()
     prior = torch.from_numpy(load_prior(path, len(data.classes)))
@@ -469,7 +469,7 @@ class SelfTraining:
     A round has two stages: "label" (with its own progress.pth) and "train".
     """
 
-    def __init__(self, args: argparse.Namespace, run: running.Run, data: Pair):
+    def __init__(self, args: argparse.Namespace, run: runtime.Run, data: DomainPair):
         self.args, self.run, self.data, self.classes = args, run, data, data.classes
         self.folder = Path(args.snapshot_dir)
         self.resume_file = self.folder / "resume.pth"
@@ -573,7 +573,7 @@ class SelfTraining:
 
     # --- stage "label"
 
-    def label(self, r: int, stop: running.StopRequest) -> bool:
+    def label(self, r: int, stop: runtime.StopRequest) -> bool:
         """Score the network that enters round r and, but in the last one, label the target. False: told to leave."""
         args, run, c, last = self.args, self.run, len(self.classes), r == self.args.num_rounds - 1
         net, work, report = predict.prepare(self.net), self.work(r), {"round": r}
@@ -711,7 +711,7 @@ class SelfTraining:
                         [self.classes.index(name) for name in report["mine"]], args.mine_chance,
                         (args.random_seed, r), soft)
 
-    def fit(self, r: int, first_step: int, stop: running.StopRequest, log: running.Log) -> bool:
+    def fit(self, r: int, first_step: int, stop: runtime.StopRequest, log: runtime.Log) -> bool:
         """The training of round r from a step on. False: told to leave."""
         args, run, steps, offset = self.args, self.run, self.steps_of(r), self.steps_before(r)
         batches = endless(self.training_set(r), args.batch_size, args.num_workers, seed=1000 * args.random_seed + r,
@@ -726,13 +726,13 @@ class SelfTraining:
                 mr_weight_kld=args.mr_weight_kld, run=run, scale=self.scaler.scale)
             values = run.mean_values({key: loss.detach() for key, loss in losses.items()})
             where = offset + i + 1, batch.name, Path(self.weights_before(r + 1))
-            running.require_finite(values, *where)
+            runtime.require_finite(values, *where)
             run.average_gradients([self.net])
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
             done = i + 1
-            running.require_finite_weights([self.net], *where)
+            runtime.require_finite_weights([self.net], *where)
             log.step()
             if done % args.log_every == 0 or done == steps:
                 log.losses(offset + done, {"round": r, **values, "lr": lr})
@@ -749,7 +749,7 @@ def say_header(this: SelfTraining, first: int) -> None:
     args, run, data = this.args, this.run, this.data
     kld = f"MRKLD with weight {args.mr_weight_kld} (what --mr-weight-kld {args.mr_weight_kld ** 0.5:.3g} did in the " \
           "release)" if args.mr_weight_kld else ""
-    running.header(run, {
+    runtime.header(run, {
         "kernels": ops.backend(), "weights": this.loaded,
         "network": "{model} {arch}, {n} classes, ASPP {aspp}".format(**this.known, n=len(data.classes)),
         "batch norm": f"weights {'train' if args.bn_affine == 'train' else 'frozen'}, statistics "
@@ -770,7 +770,7 @@ def say_header(this: SelfTraining, first: int) -> None:
 
 def train(args: argparse.Namespace) -> Outcome | int:
     """One run; returns its outcome, or an exit code when it was asked to leave early."""
-    run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
+    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
     data = open_data(args)
@@ -788,10 +788,10 @@ def train(args: argparse.Namespace) -> Outcome | int:
     if args.subset is not None and run.is_main:
         rounds.write_list(data.target.images, data.target.root, folder / "subset.txt")
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = running.Log(run, folder / "log.jsonl", this.steps_before(first) + first_step,
+    log = runtime.Log(run, folder / "log.jsonl", this.steps_before(first) + first_step,
                       this.steps_before(args.num_rounds - 1), tensorboard)
 
-    with running.StopRequest() as stop:
+    with runtime.StopRequest() as stop:
         for r in range(first, args.num_rounds):
             if run.is_main:
                 rounds.complete(folder, r, drop=("progress.pth", "logits"))
@@ -818,7 +818,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
 
 def train_start(args: argparse.Namespace, path: Path) -> None:
     """The demo's start: a network from random weights, trained on all source images."""
-    run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
+    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     data = open_data(args)
     net = build(args.model or "Deeplab", len(data.classes), args.arch, args.aspp or "full")
@@ -855,7 +855,7 @@ def demo(args: argparse.Namespace) -> int:
     outcome = train(args)
     if isinstance(outcome, int):
         return outcome
-    run = running.Run(next(outcome.net.parameters()).device, 0, 1, "off")
+    run = runtime.Run(next(outcome.net.parameters()).device, 0, 1, "off")
     weights, meta = checkpoint.read_weights(args.restore_from)
     start = build(meta["model"], len(outcome.data.classes), meta["arch"], meta["aspp"], meta["stride_on"])
     start.load_state_dict(weights)
@@ -877,4 +877,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    running.cli(main)
+    runtime.cli(main)

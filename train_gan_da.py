@@ -39,16 +39,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, ops, predict, visual
-from lib import run as running
+from lib import checkpoint, flags, ops, predict, runtime, visual
 from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
-from lib.datasets.folder import Pair, endless, open_pair
+from lib.datasets.folder import DomainPair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment
 from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, Deeplab, set_bn_affine
 from lib.models.fcn8s import FCN8s, scaled
-from lib.run import full
+from lib.runtime import as_float32
 
 SOURCE_REAL, SOURCE_FAKE, TARGET_REAL, TARGET_FAKE = range(4)  # D's domain classes
 # l1, adv, c for each reduction. sum: published, sums over pixels and patches against the one mean of L1. mean: averages
@@ -148,7 +147,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out.add_argument("--deterministic", action="store_true")
     out.add_argument("--cpu", action="store_true")
     out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
-    out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
+    out.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="mixed precision")
     out.add_argument("--compile", action="store_true", help="torch.compile the networks")
     out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
     if p.parse_known_args(argv)[0].demo:
@@ -371,7 +370,7 @@ def loss_f(score: tuple[Tensor, Tensor], domain: int, label: Tensor | None, o: O
 
 
 def update(net: nn.Module, gen: nn.Module | None, dis: nn.Module | None, x_s: Tensor, y_s: Tensor, x_t: Tensor | None,
-           o: Objective, *, pixels: str, run: running.Run, step: Callable[[nn.Module], None], order: str = "recomputed",
+           o: Objective, *, pixels: str, run: runtime.Run, step: Callable[[nn.Module], None], order: str = "recomputed",
            low_memory: bool = False, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
     """One iteration (x_t None: source only). step(module) must apply the gradients in its parameters.
 
@@ -382,19 +381,19 @@ def update(net: nn.Module, gen: nn.Module | None, dis: nn.Module | None, x_s: Te
     def embed(x: Tensor) -> tuple[list[Tensor], Tensor]:
         with run.autocast():
             *embedding, logits = net(x, return_features=True)
-        logits = full(logits)
+        logits = as_float32(logits)
         if logits.shape[2:] != x.shape[2:]:
             logits = F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=True)
         return embedding, logits
 
     def drawn(embedding: Sequence[Tensor], real: Tensor) -> Tensor:
         with run.autocast():
-            return full(gen(embedding, real.shape[2:]))
+            return as_float32(gen(embedding, real.shape[2:]))
 
     def judged(image: Tensor) -> tuple[Tensor, Tensor]:
         with run.autocast():
             out_s, out_c = dis(image)
-        return full(out_s), full(out_c)
+        return as_float32(out_s), as_float32(out_c)
 
     if x_t is None:
         loss = loss_seg(embed(x_s)[1], y_s, o)
@@ -478,8 +477,8 @@ def update(net: nn.Module, gen: nn.Module | None, dis: nn.Module | None, x_s: Te
 
 
 @torch.no_grad()
-def reconstructions(net: nn.Module, gen: nn.Module, data: Pair, size_s: tuple[int, int], size_t: tuple[int, int],
-                    pixels: str, most: int, path: Path, run: running.Run) -> None:
+def reconstructions(net: nn.Module, gen: nn.Module, data: DomainPair, size_s: tuple[int, int], size_t: tuple[int, int],
+                    pixels: str, most: int, path: Path, run: runtime.Run) -> None:
     """Write panels [source, G(F(source)), target, G(F(target))] of ``most`` training images, spread over each set."""
     modes = net.training, gen.training
     net.eval()
@@ -490,7 +489,7 @@ def reconstructions(net: nn.Module, gen: nn.Module, data: Pair, size_s: tuple[in
         for index in np.linspace(0, len(views) - 1, most).astype(int).tolist():
             x = run.place(views[index].tensors[0][None])
             with run.autocast():
-                fake = full(gen(net(x, return_features=True)[:3], x.shape[2:]))
+                fake = as_float32(gen(net(x, return_features=True)[:3], x.shape[2:]))
             for cells, image in ((originals, unit(x, pixels)), (fakes, fake)):
                 array = (255 * image[0].clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
                 cells.append(Image.fromarray(np.ascontiguousarray(array[..., ::-1] if PIXELS[pixels].bgr else array)))
@@ -518,14 +517,14 @@ def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: s
 
 class Outcome(NamedTuple):
     net: nn.Module
-    data: Pair
+    data: DomainPair
     confusion: np.ndarray | None  # of the last weights on the validation set
     pixels: str
 
 
 def train(args: argparse.Namespace) -> Outcome | int:
     """One run; returns its outcome, or an exit code when it was asked to leave early."""
-    run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
+    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
 
@@ -604,7 +603,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
         run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
     resume_file = folder / "resume.pth"
 
-    running.header(run, {
+    runtime.header(run, {
         "kernels": ops.backend(), "weights": loaded,
         "networks": f"{args.base} {backbone}, {classes} classes, width {args.width:g}"
                     + f", padding {args.padding}" * (args.base == "fcn8s"),
@@ -646,7 +645,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
 
     # the loop
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = running.Log(run, folder / "log.jsonl", first, args.num_steps, tensorboard)
+    log = runtime.Log(run, folder / "log.jsonl", first, args.num_steps, tensorboard)
     stream = dict(batch=args.batch_size, workers=args.num_workers, start=first, rank=run.rank, world=run.world,
                   pin=run.device.type == "cuda")
     batches_s = endless(data.source, seed=args.random_seed, **stream)
@@ -655,7 +654,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
     for module in modules:
         module.train()
     last_good = resume_file if first else None
-    with running.StopRequest() as stop:
+    with runtime.StopRequest() as stop:
         for i in range(first, args.num_steps):
             epoch = i * args.batch_size * run.world // len(data.source)
             lr = args.learning_rate * (0.1 ** (epoch // args.lr_epochs) if args.lr_epochs else 1.0)
@@ -672,10 +671,10 @@ def train(args: argparse.Namespace) -> Outcome | int:
             scaler.update()
             values = run.mean_values({k: v.detach() for k, v in losses.items()})
             names = [*batch_s.name, *(batch_t.name if batch_t is not None else ())]
-            running.require_finite(values, i + 1, names, last_good)
+            runtime.require_finite(values, i + 1, names, last_good)
 
             done = i + 1
-            running.require_finite_weights(modules, done, names, last_good)
+            runtime.require_finite_weights(modules, done, names, last_good)
             log.step()
             if done % args.log_every == 0 or done == args.num_steps:
                 log.losses(done, {**values, "lr": lr})
@@ -710,7 +709,7 @@ def demo(args: argparse.Namespace) -> int:
             return outcome
         outcomes.append(outcome)
     source_only, adapted = outcomes
-    run = running.Run(next(adapted.net.parameters()).device, 0, 1, "off")
+    run = runtime.Run(next(adapted.net.parameters()).device, 0, 1, "off")
     predict.compare((source_only.net, source_only.confusion), (adapted.net, adapted.confusion), adapted.data,
                     args.input_size_target, adapted.pixels, run, Path("result/demo_gan/report.png"),
                     bn_stats="running", workers=args.num_workers)
@@ -728,4 +727,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    running.cli(main)
+    runtime.cli(main)

@@ -31,16 +31,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, ops, predict
-from lib import run as running
+from lib import checkpoint, flags, ops, predict, runtime
 from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
-from lib.datasets.folder import Pair, endless, open_pair
+from lib.datasets.folder import DomainPair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment, ShortSideCrop, resize, to_tensor
 from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, build, set_train_mode
 from lib.optim import deeplab_sgd, set_poly_lr
-from lib.run import full
+from lib.runtime import as_float32
 
 # Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
 FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", "eval_every", "log_every", "log_dir",
@@ -121,7 +120,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out.add_argument("--deterministic", action="store_true")
     out.add_argument("--cpu", action="store_true")
     out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
-    out.add_argument("--amp", choices=list(running.AMP_DTYPES), default="off", help="mixed precision")
+    out.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="mixed precision")
     out.add_argument("--compile", action="store_true", help="torch.compile the network")
     out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
     if p.parse_known_args(argv)[0].demo:
@@ -141,7 +140,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def upsample(pred: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, align_corners=False (in training and test): [N, C, h, w] -> [N, C, *size]."""
-    return F.interpolate(full(pred), tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(as_float32(pred), tuple(size), mode="bilinear", align_corners=False)
 
 
 def downsample(label: Tensor, size: Sequence[int]) -> Tensor:
@@ -186,7 +185,7 @@ def loss_lsr(pred: Tensor, threshold: float = 10.0) -> Tensor:
     where u = -mean_c log p_c is the cross-entropy to the uniform distribution. pred: logits [N, C, h, w]. threshold 0:
     the mean of u.
     """
-    u = -F.log_softmax(full(pred), dim=1).mean(1)
+    u = -F.log_softmax(as_float32(pred), dim=1).mean(1)
     return ((u / threshold - 1).detach() * u).mean() if threshold > 0 else u.mean()
 
 
@@ -200,7 +199,7 @@ class Weights(NamedTuple):
     alpha: float = 0.5
 
 
-def objective(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weights: Weights, run: running.Run,
+def objective(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weights: Weights, run: runtime.Run,
               ignore: int = 255) -> tuple[Tensor, dict[str, Tensor]]:
     """(the total objective of one batch, its unweighted terms and statistics); x_t None: source only.
 
@@ -223,8 +222,8 @@ def objective(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weig
         return total, values
 
     y = downsample(y_s, feat_s.shape[2:])
-    maps = {"feat": (full(feat_s), full(feat_t), "cos"),
-            "cls": (F.softmax(full(pred_s), dim=1), F.softmax(full(pred_t), dim=1), "kl")}
+    maps = {"feat": (as_float32(feat_s), as_float32(feat_t), "cos"),
+            "cls": (F.softmax(as_float32(pred_s), dim=1), F.softmax(as_float32(pred_t), dim=1), "kl")}
     for name, (s, t, metric) in maps.items():
         found = ops.cycle_association_loss(s, t, y, metric=metric, alpha=weights.alpha, ignore_index=ignore)
         kept = found.kept.to(found.loss.dtype)
@@ -244,7 +243,7 @@ def coverage(forward: Tensor, pixels: int) -> Tensor:
     return hit.scatter_(1, forward, 1.0).mean()
 
 
-def backward(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weights: Weights, run: running.Run, *,
+def backward(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weights: Weights, run: runtime.Run, *,
              iter_size: int, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
     """Accumulate the gradients of one batch; returns what ``objective`` reports."""
     total, values = objective(net, x_s, y_s, x_t, weights, run)
@@ -256,8 +255,8 @@ def backward(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weigh
 
 
 @torch.no_grad()
-def draw_associations(net: nn.Module, data: Pair, size_s: tuple[int, int], size_t: tuple[int, int], pixels: str,
-                      alpha: float, most: int, path: Path, run: running.Run, lines: int = 40) -> float:
+def draw_associations(net: nn.Module, data: DomainPair, size_s: tuple[int, int], size_t: tuple[int, int], pixels: str,
+                      alpha: float, most: int, path: Path, run: runtime.Run, lines: int = 40) -> float:
     """Write ``most`` pairs of a source and a validation image with some of their kept associations as lines.
 
     A line has the colour of its class; a wrong one (by the label of the validation image) ends in a cross. Returns the
@@ -270,7 +269,7 @@ def draw_associations(net: nn.Module, data: Pair, size_s: tuple[int, int], size_
             image, label = resize(*folder.read(n * (len(folder) - 1) // max(most - 1, 1)), size)
             pair.append(image)
             labels.append(label)
-        feat_s, feat_t = (full(net(to_tensor(image, pixels)[None].to(run.device), return_features=True)[0])
+        feat_s, feat_t = (as_float32(net(to_tensor(image, pixels)[None].to(run.device), return_features=True)[0])
                           for image in pair)
         y_s, y_t = (downsample(torch.from_numpy(label.astype(np.int64))[None], feat.shape[2:])[0].flatten()
                     for label, feat in zip(labels, (feat_s, feat_t), strict=True))
@@ -310,7 +309,7 @@ def draw_associations(net: nn.Module, data: Pair, size_s: tuple[int, int], size_
 
 class Outcome(NamedTuple):
     net: nn.Module
-    data: Pair
+    data: DomainPair
     confusion: np.ndarray | None  # of the last weights on the validation set
     pixels: str
     test_size: tuple[int, int]
@@ -318,7 +317,7 @@ class Outcome(NamedTuple):
 
 def train(args: argparse.Namespace) -> Outcome | int:
     """One run; returns its outcome, or an exit code when it was asked to leave early."""
-    run = running.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
+    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
 
@@ -387,7 +386,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
     elif resume_file.exists():
         run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
 
-    running.header(run, {
+    runtime.header(run, {
         "kernels": ops.backend(), "weights": loaded,
         "network": f"DeeplabPixelAssoc {args.arch}, {len(data.classes)} classes",
         "pixels": pixels, "source": f"{len(data.source)} images of {args.source} at {sizes[0]}",
@@ -416,14 +415,14 @@ def train(args: argparse.Namespace) -> Outcome | int:
 
     # the loop
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = running.Log(run, folder / "log.jsonl", first, stop_at, tensorboard)
+    log = runtime.Log(run, folder / "log.jsonl", first, stop_at, tensorboard)
     stream = dict(batch=args.batch_size, workers=args.num_workers, start=first * args.iter_size, rank=run.rank,
                   world=run.world, pin=run.device.type == "cuda")
     batches_s = endless(data.source, seed=args.random_seed, **stream)
     batches_t = None if args.source_only else endless(data.target, seed=args.random_seed + 1, **stream)
     set_train_mode(net, args.freeze_bn)
     last_good = resume_file if first else None
-    with running.StopRequest() as stop:
+    with runtime.StopRequest() as stop:
         for i in range(first, stop_at):
             lr = set_poly_lr(optimizer, args.learning_rate, i, num_steps, args.power)
             optimizer.zero_grad()
@@ -439,13 +438,13 @@ def train(args: argparse.Namespace) -> Outcome | int:
                 for key, value in values.items():
                     sums[key] = sums.get(key, 0.0) + value / args.iter_size
             values = run.mean_values(sums)
-            running.require_finite(values, i + 1, names, last_good)
+            runtime.require_finite(values, i + 1, names, last_good)
             run.average_gradients([net])
             scaler.step(optimizer)
             scaler.update()
 
             done = i + 1
-            running.require_finite_weights([net], done, names, last_good)
+            runtime.require_finite_weights([net], done, names, last_good)
             log.step()
             if done % args.log_every == 0 or done == stop_at:
                 log.losses(done, {**values, "lr": lr})
@@ -492,7 +491,7 @@ def demo(args: argparse.Namespace) -> int:
             return outcome
         outcomes.append(outcome)
     source_only, adapted = outcomes
-    run = running.Run(next(adapted.net.parameters()).device, 0, 1, "off")
+    run = runtime.Run(next(adapted.net.parameters()).device, 0, 1, "off")
     predict.compare((source_only.net, source_only.confusion), (adapted.net, adapted.confusion), adapted.data,
                     adapted.test_size, adapted.pixels, run, Path("result/demo/pixel_assoc.png"),
                     bn_stats=args.bn_stats, workers=args.num_workers, align_corners=False)
@@ -510,4 +509,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    running.cli(main)
+    runtime.cli(main)

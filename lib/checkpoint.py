@@ -5,10 +5,8 @@ needs to be used again (pixel convention, class names, architecture) travels as 
 """
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from lib.datasets.description import load_description
 from lib.errors import UserError
+from lib.files import atomic_write
 from lib.models.fcn8s import from_vgg16
 
 CONTAINERS = ("state_dict", "model_state_dict", "weights", "model", "net")
@@ -28,23 +27,14 @@ PIXEL_ASSOC_CLASSES = ("sky", "building", "road", "sidewalk", "fence", "vegetati
 
 
 def save(value: object, path: Path) -> None:
-    """torch.save to a temporary name beside ``path``, flushed to the disk, then renamed: never half a file."""
-    # One name for all processes that ever write this file: what a killed one left is overwritten, not piled up.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            torch.save(value, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or error.__context__ or error
-        raise UserError(f"cannot write {path}: {reason}. Free some space, or choose another --snapshot-dir; the "
-                        "previous checkpoint is intact") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    """torch.save through ``atomic_write``: never half a file. Raises UserError."""
+    advice = "Free some space, or choose another --snapshot-dir" + "; the previous checkpoint is intact" * path.exists()
+    with atomic_write(path, advice) as temporary:
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(value, f)
+        except RuntimeError as error:  # torch.save turns a full disk into a RuntimeError
+            raise OSError(None, str(error.__context__ or error)) from None
 
 
 def load(path: str | Path) -> object:

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from lib import checkpoint, ops, visual
 from lib.datasets.description import read_image
-from lib.datasets.folder import ImageFolder, Pair, outlive_stop
+from lib.datasets.folder import DomainPair, ImageFolder, outlive_stop
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou
 from lib.models.deeplab import aggregated_probabilities, logits_of
-from lib.run import Log, Run
+from lib.runtime import Log, Run
 
 
 class Views(NamedTuple):
@@ -187,7 +187,7 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
     return run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
 
 
-def pictures(nets: Mapping[str, nn.Module], data: Pair, size: tuple[int, int], pixels: str, most: int, path: Path,
+def pictures(nets: Mapping[str, nn.Module], data: DomainPair, size: tuple[int, int], pixels: str, most: int, path: Path,
              run: Run, *, align_corners: bool = True, aggregate: float = 0.0) -> None:
     """Write panels [image, truth, label map of each named network] of ``most`` spread validation images."""
     fast = {name: prepare(net) for name, net in nets.items()}
@@ -212,7 +212,7 @@ class Validation:
     aggregate: as for predict.
     """
 
-    def __init__(self, data: Pair, size: tuple[int, int], pixels: str, run: Run, folder: Path, *, bn_stats: str,
+    def __init__(self, data: DomainPair, size: tuple[int, int], pixels: str, run: Run, folder: Path, *, bn_stats: str,
                  workers: int, most: int, align_corners: bool = True, aggregate: float = 0.0):
         self.data, self.size, self.pixels, self.run, self.folder = data, size, pixels, run, folder
         self.bn_stats, self.workers, self.most = bn_stats, workers, most
@@ -258,7 +258,7 @@ class Validation:
                      f"{self.best['iteration']}, chosen on the validation set)")
 
 
-def compare(source_only: tuple[nn.Module, np.ndarray], adapted: tuple[nn.Module, np.ndarray], data: Pair,
+def compare(source_only: tuple[nn.Module, np.ndarray], adapted: tuple[nn.Module, np.ndarray], data: DomainPair,
             size: tuple[int, int], pixels: str, run: Run, report: Path, *, bn_stats: str, workers: int = 0,
             align_corners: bool = True) -> None:
     """Print the score tables of a source-only and an adapted network side by side and draw their label maps.

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lib import checkpoint, visual
 from lib.datasets.description import derived_description
-from lib.datasets.folder import ImageFolder, Pair
-from lib.errors import UserError
-from lib.run import Run, StopRequest, replacing
+from lib.datasets.folder import DomainPair, ImageFolder
+from lib.files import atomic_write
+from lib.runtime import Run, StopRequest
 
 
 class Progress:
@@ -74,18 +74,15 @@ class Progress:
 
 def write_text(path: Path, text: str) -> None:
     """Raises UserError."""
-    with replacing(path) as new:
+    with atomic_write(path) as new:
         new.write_text(text)
 
 
 def write_png(image: Image.Image, path: Path) -> None:
     """Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, compress_level=1)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Free some space, or choose another --snapshot-dir; "
-                        "--resume goes on from the last saved point") from None
+    with atomic_write(path, "Free some space, or choose another --snapshot-dir; --resume goes on from the last saved "
+                            "point") as new:
+        image.save(new, compress_level=1)
 
 
 def write_list(images: Sequence[Path], root: Path, path: Path) -> None:
@@ -138,7 +135,7 @@ def round_table(report: Mapping) -> str:
     return "\n".join(lines)
 
 
-def draw_labels(data: Pair, labelled: ImageFolder, most: int, path: Path) -> None:
+def draw_labels(data: DomainPair, labelled: ImageFolder, most: int, path: Path) -> None:
     """Panels [image, pseudo-label, truth where it is on disk] of ``most`` images. Nothing else opens that truth."""
     truth = None
     if data.task.labels is not None:
@@ -174,5 +171,5 @@ def write_rounds(reports: Sequence[Mapping], folder: Path) -> None:
     write_text(folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     keys = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "iteration"]
     if keys:
-        with replacing(folder / "rounds.png") as new:
+        with atomic_write(folder / "rounds.png") as new:
             visual.curves(folder / "rounds.jsonl", keys, new)

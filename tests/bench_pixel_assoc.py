@@ -23,7 +23,7 @@ from bench_ops import direct_loss  # noqa: E402
 import train_pixel_assoc as script  # noqa: E402
 from lib import ops  # noqa: E402
 from lib.models.deeplab import build  # noqa: E402
-from lib.run import Run, peak_memory  # noqa: E402
+from lib.runtime import Run, peak_memory  # noqa: E402
 
 
 def direct_association(x_s, x_t, y_s, *, metric, alpha, ignore_index):

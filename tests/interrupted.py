@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-from lib import checkpoint, ops, predict
-from lib import run as running
+from lib import checkpoint, files, ops, predict, runtime
 
 # the function of each script that computes an iteration
 STEP = {"train_adaptsegnet": "adapt_backward", "train_cbst": "self_training_backward", "train_pixel_assoc": "backward",
@@ -86,10 +85,10 @@ def interrupt(script, moment: str, number: int) -> None:
         with open(log.path, "a") as file:
             file.write('{"iteration": 5, "lo')
 
-    hook(checkpoint.torch, "save", lambda _, file: f"write {file.name.rpartition('/.')[2][:-len('.tmp')]}", half_a_file)
-    hook(checkpoint.os, "replace", lambda _, path: f"rename {Path(path).name}")
+    hook(checkpoint.torch, "save", lambda _, file: f"write {str(file.name).rpartition('/.new-')[2]}", half_a_file)
+    hook(files.os, "replace", lambda _, path: f"rename {Path(path).name}")
     hook(script, STEP[script.__name__], lambda *_: "step")
-    hook(running.Log, "_write", lambda *_: "log", half_a_line)
+    hook(runtime.Log, "_write", lambda *_: "log", half_a_line)
     for owner, name, label in ((predict, "predict", "score"), (ops, "confidence_histogram_", "count"),
                                (ops, "refine_histogram_", "refine"), (ops, "pseudo_label", "label")):
         hook(owner, name, lambda *_, label=label: label)
@@ -100,4 +99,4 @@ if __name__ == "__main__":
     script = importlib.import_module(name)
     shrink(script)
     interrupt(script, moment, signal.Signals[by])
-    running.cli(script.main)
+    runtime.cli(script.main)

@@ -13,7 +13,7 @@ from scripts import execute, message, render, training
 
 import lib.flags
 import train_adaptsegnet as script
-from lib import run as running
+from lib import runtime
 from lib.errors import UserError
 
 SCRIPT = "train_adaptsegnet.py"
@@ -131,7 +131,7 @@ def test_other_flag_types(kind, text):
 
 def test_a_gpu_that_is_not_there():
     with pytest.raises(UserError, match="GPU 99 was asked for, but PyTorch sees"):
-        running.start(cpu=False, gpu=99, amp="off", seed=0, deterministic=False)
+        runtime.start(cpu=False, gpu=99, amp="off", seed=0, deterministic=False)
 
 
 def test_weights_of_another_network(rendered, tmp_path):

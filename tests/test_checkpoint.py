@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import checkpoint
+from lib import checkpoint, files
 from lib.errors import UserError
 from lib.models.deeplab import build
 
@@ -306,8 +306,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_overwritten(tmp_path, monkeypatch):
     path = tmp_path / "resume.pth"
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: sys.exit())  # dies between writing and renaming ...
-    monkeypatch.setattr(checkpoint, "suppress", lambda *_: sys.exit())    # ... without tidying up
+    monkeypatch.setattr(files.os, "replace", lambda *_: sys.exit())  # dies between writing and renaming ...
+    monkeypatch.setattr(files, "suppress", lambda *_: sys.exit())    # ... without tidying up
     with pytest.raises(SystemExit):
         checkpoint.save({"a": 1}, path)
     monkeypatch.undo()

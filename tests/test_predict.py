@@ -15,7 +15,7 @@ from lib.datasets.transforms import Augment, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix
 from lib.models.deeplab import build, logits_of
-from lib.run import Run
+from lib.runtime import Run
 
 RUN = Run(torch.device("cpu"), 0, 1, "off")
 SIZE = (48, 32)  # width, height

@@ -9,7 +9,7 @@ import train_adaptsegnet as script
 from lib.models.deeplab import Deeplab, DeeplabMulti, DeeplabVGG
 from lib.models.discriminator import FCDiscriminator
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
-from lib.run import Run
+from lib.runtime import Run
 
 NETWORKS = {"deeplab_multi": DeeplabMulti, "deeplab_single": Deeplab, "deeplab_vgg": DeeplabVGG,
             "discriminator": FCDiscriminator}

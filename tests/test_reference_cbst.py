@@ -8,7 +8,7 @@ import train_cbst as script
 from lib import ops
 from lib.datasets.description import load_description, written_values
 from lib.models.deeplab import Deeplab
-from lib.run import Run
+from lib.runtime import Run
 
 INFO, DATA = conftest.load_reference("cbst")
 P = torch.from_numpy(DATA["probabilities"]).permute(0, 3, 1, 2).contiguous()  # [4, 19, 40, 64]

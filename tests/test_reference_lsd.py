@@ -10,7 +10,7 @@ from conftest import fill, load_reference
 import train_gan_da as script
 from lib.datasets.transforms import PIXELS
 from lib.models.fcn8s import FCN8s
-from lib.run import Run
+from lib.runtime import Run
 
 MEAN = torch.tensor(PIXELS["caffe"].mean, dtype=torch.float64).view(3, 1, 1)
 ARGS = script.parse_args([])

@@ -9,7 +9,7 @@ from lib import checkpoint, ops, predict
 from lib.metrics import confusion_matrix
 from lib.models.deeplab import aggregated_probabilities, build
 from lib.optim import deeplab_sgd, set_poly_lr
-from lib.run import Run
+from lib.runtime import Run
 
 INFO, DATA = load_reference("plca")
 CASES = [f"{metric}_{rest}" for metric in ("cos", "kl") for rest in ("spagg0", "spagg1", "spagg1_other_size")]

@@ -31,7 +31,7 @@ from lib.datasets.folder import open_pair
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.discriminator import FCDiscriminator
-from lib.run import Run
+from lib.runtime import Run
 
 SCRIPT = "train_adaptsegnet.py"
 

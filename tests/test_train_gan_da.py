@@ -25,7 +25,7 @@ import train_gan_da as script
 from lib import checkpoint
 from lib.errors import UserError
 from lib.models.fcn8s import CONVOLUTIONS, FCN8s, from_vgg16
-from lib.run import Run
+from lib.runtime import Run
 
 SCRIPT = "train_gan_da.py"
 LOSSES = ["loss_D", "loss_G", "loss_F", "loss_seg", "loss_l1"]

@@ -21,7 +21,7 @@ from scripts import (
 import train_pixel_assoc as script
 from lib import checkpoint, ops
 from lib.models.deeplab import build
-from lib.run import Run
+from lib.runtime import Run
 
 SCRIPT = "train_pixel_assoc.py"
 ONE = Run(torch.device("cpu"), 0, 1, "off")

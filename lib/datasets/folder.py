@@ -112,7 +112,7 @@ def outlive_stop(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
-class Pair(NamedTuple):
+class DomainPair(NamedTuple):
     """The data of one adaptation run."""
 
     source: ImageFolder
@@ -131,7 +131,7 @@ def open_pair(source: Description, target: Description, transform_s: Transform, 
               num_classes: int | None = None, root_s: str | None = None, root_t: str | None = None,
               set_s: str | None = None, set_t: str | None = None, set_val: str | None = None, list_s: str | None = None,
               list_t: str | None = None, ignore: int | None = None, seed: int = 0, fully: bool = False,
-              allow_overlap: bool = False) -> Pair:
+              allow_overlap: bool = False) -> DomainPair:
     """Source, target and validation sets of a run, checked (``fully``: every file). None: the descriptions' defaults.
 
     ignore: the value of source pixels of no class. A validation set that the caller did not name and that is not there
@@ -158,7 +158,7 @@ def open_pair(source: Description, target: Description, transform_s: Transform, 
             raise UserError(f"{len(both)} images stand in both the training set ({folder_t.set}) and the evaluation "
                             f"set ({validation.set}) of {target.name}, {min(both)} among them: choose another --set, "
                             "--val-set or list")
-    return Pair(folder_s, folder_t, validation, target, classes)
+    return DomainPair(folder_s, folder_t, validation, target, classes)
 
 
 def check(dataset: ImageFolder, fully: bool = False, most: int = 50) -> None:

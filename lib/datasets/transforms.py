@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-Pair = tuple[Image.Image, np.ndarray | None]  # RGB image, uint8 label [H, W]
+Labelled = tuple[Image.Image, np.ndarray | None]  # RGB image, uint8 label [H, W]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def to_image(tensor: Tensor, pixels: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., ::-1] if p.bgr else array))
 
 
-def resize(image: Image.Image, label: np.ndarray | None, size: tuple[int, int]) -> Pair:
+def resize(image: Image.Image, label: np.ndarray | None, size: tuple[int, int]) -> Labelled:
     """To (width, height): the image bicubic, the label nearest, both as Pillow does it."""
     image = image.resize(size, Image.Resampling.BICUBIC) if image.size != size else image
     if label is not None and label.shape != size[::-1]:
@@ -57,7 +57,7 @@ def resize(image: Image.Image, label: np.ndarray | None, size: tuple[int, int]) 
     return image, label
 
 
-def mirror(image: Image.Image, label: np.ndarray | None) -> Pair:
+def mirror(image: Image.Image, label: np.ndarray | None) -> Labelled:
     return ImageOps.mirror(image), None if label is None else label[:, ::-1]
 
 

@@ -8,8 +8,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.errors import UserError
+from lib.files import atomic_write
 
 NOT_FINITE = "hold NaN or infinite values"  # in every message of lib.ops and csrc/ about such an input
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,22 +58,7 @@ def end_loaders() -> None:
             child.kill()
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, of the same suffix; what lies there at the end takes the place of ``path``.
-
-    Raises UserError where it cannot be written. Checkpoints have lib.checkpoint.save.
-    """
-    new = path.with_name(f".new-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        os.replace(new, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Choose another --snapshot-dir") from None
-
-
-def full(x: Tensor) -> Tensor:
+def as_float32(x: Tensor) -> Tensor:
     """Losses are taken in at least float32, also under autocast."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -232,7 +218,7 @@ class Log:
                 # A killed process can leave a torn last line.
                 if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
                     kept.append(line)
-        with replacing(path) as new:  # a process killed here loses no line
+        with atomic_write(path) as new:  # a process killed here loses no line
             new.write_text("".join(kept))
         if tensorboard is not None:
             try:
