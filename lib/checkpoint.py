@@ -221,22 +221,33 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
     return report
 
 
+def initialise(net: nn.Module, weights: Mapping[str, Tensor] | None, *, heads: bool, source: str) -> str:
+    """load_into, or nothing where there are no weights; the line of the header that says which. Raises UserError."""
+    if weights is None:
+        return "none, random weights (the paper starts from ImageNet: --restore-from imagenet or a file)"
+    return str(load_into(net, weights, heads=heads, source=source))
+
+
 def check_same_arguments(saved: Mapping[str, object], now: Mapping[str, object], may_differ: set[str]) -> None:
     """A resumed run must be the same run. Raises UserError that lists what differs."""
+    def plain(value: object) -> object:
+        return list(value) if isinstance(value, tuple) else value
+
     differs = [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items()
-               if k not in may_differ and saved.get(k) != v]
+               if k not in may_differ and plain(saved.get(k)) != plain(v)]
     if differs:
         raise UserError("--resume: this is another run than the one saved: " + "; ".join(differs)
                         + ". Give the same flags, or another --snapshot-dir")
 
 
-def save_resume(path: Path, net: nn.Module, others: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
+def save_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
                 scaler: torch.amp.GradScaler, meta: Mapping[str, object], **rest: object) -> None:
     """Write all that a run needs to go on exactly: networks, optimisers, loss scale, random state, ``rest``.
 
-    ``net`` carries ``meta``, so that evaluate.py takes this file too. ``rest`` holds plain values and tensors, among
-    them ``arguments``, which load_resume compares.
+    The first of ``modules`` carries ``meta``, so that evaluate.py takes this file too. ``rest`` holds plain values and
+    tensors, among them ``arguments``, which load_resume compares.
     """
+    net, *others = modules
     state = net.state_dict()
     state.segadapt = dict(meta)
     save({"net": state, "others": [module.state_dict() for module in others],
@@ -244,21 +255,28 @@ def save_resume(path: Path, net: nn.Module, others: Sequence[nn.Module], optimiz
           "rng": torch.get_rng_state(), **rest}, path)
 
 
-def load_resume(path: Path, net: nn.Module, others: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
+def load_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
                 scaler: torch.amp.GradScaler, arguments: Mapping[str, object], may_differ: Iterable[str]) -> dict:
     """Put what save_resume wrote back in place; returns all of it.
 
     Raises UserError where the file cannot be used, or where ``arguments`` are not those of the run that wrote it.
     """
     state = load(path)
-    if not isinstance(state, dict) or not {"net", "others", "arguments"} <= set(state):
+    if not isinstance(state, dict) or not isinstance(state.get("arguments"), dict) or "net" not in state:
         raise UserError(f"{path} is no resume file of this script")
     check_same_arguments(state["arguments"], arguments, set(may_differ))
-    net.load_state_dict(state["net"])
-    for module, saved in zip(others, state["others"], strict=True):
-        module.load_state_dict(saved)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
+    net, *others = modules
+    try:
+        net.load_state_dict(state["net"])
+        for module, saved in zip(others, state["others"], strict=True):
+            module.load_state_dict(saved)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        int(state["iteration"])
+    except Exception as error:  # what an incomplete or edited file raises depends on what it lacks
+        raise UserError(f"{path} does not hold a whole run of this script ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0] if str(error) else 'nothing more is known'}). Use an older "
+                        "checkpoint with --restore-from, or start again in another --snapshot-dir") from None
     return state

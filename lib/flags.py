@@ -1,9 +1,10 @@
-"""Types of command-line flags: what a flag accepts, and the one message where it was given something else."""
+"""Types of command-line flags, each with one message for what it does not accept, and the groups scripts share."""
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 
 
 def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
@@ -20,6 +21,7 @@ def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callabl
 
 count = _number(int, lambda n: n > 0, "a whole number of at least 1")
 natural = _number(int, lambda n: n >= 0, "a whole number of at least 0")
+seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
 label = _number(int, lambda n: 0 <= n <= 255, "a whole number from 0 to 255")
 amount = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 positive = _number(float, lambda x: 0 < x < math.inf, "a number above 0")
@@ -41,3 +43,98 @@ def size(text: str) -> tuple[int, int]:
     if not (first.isdigit() and second.isdigit() and int(first) and int(second)):
         raise argparse.ArgumentTypeError(f"expected two whole numbers above 0 such as 1024,512, not {text!r}")
     return int(first), int(second)
+
+
+# --- groups of flags that scripts share; a script gives its own defaults by parser.set_defaults ---------------------
+
+# Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
+FREE_ARGUMENTS = frozenset({
+    "resume", "overwrite", "num_workers", "save_pred_every", "eval_every", "log_every", "log_dir", "tensorboard",
+    "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile"})
+# --demo: where the rendered pair of data sets lies, one folder for each seed
+DEMO_DATA = dict(source="gta5", target="demo", data_dir="data/demo/{seed}/gta5",
+                 data_dir_target="data/demo/{seed}/cityscapes", num_workers=0)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help shows every default. description: the script's docstring, of which the first line is used."""
+    return argparse.ArgumentParser(description=description.split("\n")[0],
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[str, object]) -> argparse.Namespace:
+    """The arguments; with --demo those of ``demo`` are the defaults, in which {seed} is the seed."""
+    known = p.parse_known_args(argv)[0]
+    if known.demo:
+        p.set_defaults(**{key: value.format(seed=known.random_seed) if isinstance(value, str) else value
+                          for key, value in demo.items()})
+    args = p.parse_args(argv)
+    args.overwrite = args.overwrite or args.demo and not args.resume
+    args.eval_every = args.eval_every or args.save_pred_every
+    return args
+
+
+def add_network(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    from lib.datasets.transforms import PIXELS  # here, since compute_iou.py takes its types from this file
+    from lib.models.deeplab import ARCHITECTURES  # and starts without torch
+
+    group = p.add_argument_group("network")
+    group.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101", help="backbone of DeepLab")
+    group.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
+    group.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
+    group.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
+    group.add_argument("--num-classes", type=count, help="how many of the target's classes (default: all shared)")
+    return group
+
+
+def add_data(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = p.add_argument_group("data")
+    group.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
+    group.add_argument("--target", default="cityscapes", help="likewise")
+    group.add_argument("--data-dir", help="source folder (default: the description's)")
+    group.add_argument("--data-list", help="file with one source image a line")
+    group.add_argument("--source-set", help="set of the source (default: the description's)")
+    group.add_argument("--data-dir-target", help="target folder (default: the description's)")
+    group.add_argument("--data-list-target", help="file with one target image a line")
+    group.add_argument("--set", help="set of the target to train on (default: the description's)")
+    group.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if "
+                                         "it exists)")
+    group.add_argument("--input-size", type=size,
+                       help="width,height that source images are resized to (default: the description's)")
+    group.add_argument("--input-size-target", type=size, help="width,height that target images are resized to")
+    group.add_argument("--num-workers", type=natural, default=min(4, os.cpu_count() or 1),
+                       help="loader processes of each data set")
+    group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
+    return group
+
+
+def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = p.add_argument_group("optimisation")
+    group.add_argument("--batch-size", type=count, default=1, help="pairs a process and backward pass")
+    group.add_argument("--learning-rate", type=amount, default=2.5e-4, help="heads take 10 times as much")
+    group.add_argument("--momentum", type=below_one, default=0.9)
+    group.add_argument("--weight-decay", type=amount, default=5e-4)
+    group.add_argument("--power", type=amount, default=0.9, help="of the polynomial decay")
+    return group
+
+
+def add_run(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = p.add_argument_group("run")
+    group.add_argument("--demo", action="store_true", help="render a small pair of domains and show the method on it")
+    group.add_argument("--snapshot-dir", help="weights, resume file, log, pictures")
+    group.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier run in the snapshot folder")
+    group.add_argument("--save-pred-every", type=count, default=5000, help="iterations between snapshots")
+    group.add_argument("--eval-every", type=count, help="iterations between evaluations (default: as snapshots)")
+    group.add_argument("--save-num-images", type=natural, default=2, help="pictures at each evaluation")
+    group.add_argument("--log-every", type=count, default=10, help="iterations between log lines")
+    group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
+    group.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")
+    group.add_argument("--random-seed", "--seed", type=seed, default=1234)
+    group.add_argument("--deterministic", action="store_true", help="deterministic kernels where there are any")
+    group.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    group.add_argument("--gpu", type=natural, default=0, help="number of the GPU of a single process")
+    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
+    group.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    group.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
+    return group

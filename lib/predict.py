@@ -20,8 +20,9 @@ from lib.datasets.folder import DomainPair, ImageFolder, outlive_stop
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou
-from lib.models.deeplab import aggregated_probabilities, logits_of
-from lib.runtime import Log, Run
+from lib.models.deeplab import logits_of
+from lib.runtime import Run
+from lib.session import Log
 
 
 class Views(NamedTuple):
@@ -127,6 +128,20 @@ def image_logits(net: nn.Module, views: ViewSet, indices: Sequence[int], run: Ru
         yield cache[index]
 
 
+def aggregated_probabilities(net: nn.Module, x: Tensor, alpha: float = 0.5) -> Tensor:
+    """Class probabilities [N, classes, h, w] with spatial aggregation at test time (Kang et al. 2020, section 3.3).
+
+    Features are mixed with what similar pixels of the same image hold (cosine), classified by the main head, and the
+    probabilities mixed likewise (Kullback-Leibler); alpha is the aggregate's share. float32, or float64 as ``net``.
+    """
+    features = net(x, return_features=True)[0]
+    dtype = features.dtype
+    work = dtype if dtype == torch.float64 else torch.float32
+    features = ops.spatial_aggregate(features.to(work), "cos", alpha).to(dtype)
+    logits = getattr(net, net.head_names[-1])(features)
+    return ops.spatial_aggregate(F.softmax(logits.to(work), dim=1), "kl", alpha)
+
+
 @torch.inference_mode()
 def predict(net: nn.Module, tensors: Sequence[Tensor], size: tuple[int, int], run: Run, *, flip: bool = False,
             align_corners: bool = True, aggregate: float = 0.0) -> Tensor:
@@ -187,12 +202,15 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
     return run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
 
 
-def pictures(nets: Mapping[str, nn.Module], data: DomainPair, size: tuple[int, int], pixels: str, most: int, path: Path,
-             run: Run, *, align_corners: bool = True, aggregate: float = 0.0) -> None:
-    """Write panels [image, truth, label map of each named network] of ``most`` spread validation images."""
+def pictures(nets: Mapping[str, nn.Module], data: DomainPair, size: tuple[int, int], pixels: str, max_images: int,
+             path: Path, run: Run, *, align_corners: bool = True, aggregate: float = 0.0) -> None:
+    """Write panels [image, truth, label map of each named network] of up to ``max_images`` validation images.
+
+    The images are spread over the set.
+    """
     fast = {name: prepare(net) for name, net in nets.items()}
     views, rows = ViewSet(data.validation.images, size, pixels), []
-    for index in np.unique(np.linspace(0, len(views) - 1, min(most, len(views))).astype(int)).tolist():
+    for index in np.unique(np.linspace(0, len(views) - 1, min(max_images, len(views))).astype(int)).tolist():
         item = views[index]
         maps = [data.validation.truth(index), *(
             predict(net, item.tensors, item.image.shape[1::-1], run, align_corners=align_corners,
@@ -208,14 +226,14 @@ class Validation:
     """Scores a network on the validation set of ``data`` during training, and keeps last and best apart.
 
     The best is chosen on that same set and written to ``folder``/best.pth. bn_stats "target": BN statistics are
-    re-estimated on the target's training images first. most: pictures at each evaluation (0: none).
+    re-estimated on the target's training images first. max_pictures: at each evaluation (0: none).
     aggregate: as for predict.
     """
 
     def __init__(self, data: DomainPair, size: tuple[int, int], pixels: str, run: Run, folder: Path, *, bn_stats: str,
-                 workers: int, most: int, align_corners: bool = True, aggregate: float = 0.0):
+                 workers: int, max_pictures: int, align_corners: bool = True, aggregate: float = 0.0):
         self.data, self.size, self.pixels, self.run, self.folder = data, size, pixels, run, folder
-        self.bn_stats, self.workers, self.most = bn_stats, workers, most
+        self.bn_stats, self.workers, self.max_pictures = bn_stats, workers, max_pictures
         self.how = {"align_corners": align_corners, "aggregate": aggregate}
         self.best: dict[str, float] | None = None
         self.confusion: np.ndarray | None = None  # of the last call
@@ -229,53 +247,30 @@ class Validation:
         self.best, self.iteration = state["best"], state["iteration"]
         self.confusion = None if state["confusion"] is None else state["confusion"].numpy()
 
-    def judged(self, net: nn.Module) -> nn.Module:
+    def as_scored(self, net: nn.Module) -> nn.Module:
         """``net``, or the copy with the target's statistics."""
         if self.bn_stats != "target":
             return net
         return reestimate_bn(net, self.data.target.images, self.size, self.pixels, self.run, self.workers)
 
     def __call__(self, net: nn.Module, iteration: int, meta: Mapping[str, object], log: Log) -> None:
-        judged = self.judged(net)
-        self.confusion = score(judged, self.data.validation, self.size, self.pixels, len(self.data.classes), self.run,
+        scored = self.as_scored(net)
+        self.confusion = score(scored, self.data.validation, self.size, self.pixels, len(self.data.classes), self.run,
                                workers=self.workers, **self.how)
         self.iteration, miou = iteration, 100 * mean_iou(self.confusion)
         if self.best is None or miou > self.best["mIoU"]:
             self.best = {"mIoU": miou, "iteration": iteration}
             if self.run.is_main:
-                checkpoint.save_weights(judged, self.folder / "best.pth", {**meta, "mIoU": miou})
+                checkpoint.save_weights(scored, self.folder / "best.pth", {**meta, "mIoU": miou, "bn_stats": "running"})
         log.scores(iteration, {"mIoU": miou, "best_mIoU": self.best["mIoU"]})
         self.run.say(f"iteration {iteration}: target mIoU {miou:.2f} (best {self.best['mIoU']:.2f} at "
                      f"{self.best['iteration']})")
-        if self.run.is_main and self.most:
-            pictures({"prediction": judged}, self.data, self.size, self.pixels, self.most,
+        if self.run.is_main and self.max_pictures:
+            pictures({"prediction": scored}, self.data, self.size, self.pixels, self.max_pictures,
                      self.folder / "pictures" / f"{iteration}.png", self.run, **self.how)
 
     def report(self) -> None:
         """Print the table of the last evaluation, and last and best."""
-        self.run.say(iou_table(self.data.classes, {"last": self.confusion}))
+        self.run.say(iou_table(self.data.classes, {"IoU": self.confusion}))
         self.run.say(f"target mIoU: last {100 * mean_iou(self.confusion):.2f}, best {self.best['mIoU']:.2f} (iteration "
                      f"{self.best['iteration']}, chosen on the validation set)")
-
-
-def compare(source_only: tuple[nn.Module, np.ndarray], adapted: tuple[nn.Module, np.ndarray], data: DomainPair,
-            size: tuple[int, int], pixels: str, run: Run, report: Path, *, bn_stats: str, workers: int = 0,
-            align_corners: bool = True) -> None:
-    """Print the score tables of a source-only and an adapted network side by side and draw their label maps.
-
-    Each comes with its confusion matrix. The adapted network may use the target's images, so its BN statistics may be
-    those of the target (bn_stats "target"); what that alone does for a source-only network with BN stands between the
-    two.
-    """
-    def with_target(net: nn.Module) -> nn.Module:
-        return reestimate_bn(net, data.target.images, size, pixels, run, workers)
-
-    nets, tables = {"source only": source_only[0]}, {"source only": source_only[1]}
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in source_only[0].modules()):
-        middle = nets["source, target BN"] = with_target(source_only[0])
-        tables["source, target BN"] = score(middle, data.validation, size, pixels, len(data.classes), run,
-                                            workers=workers, align_corners=align_corners)
-    nets["adapted"], tables["adapted"] = with_target(adapted[0]) if bn_stats == "target" else adapted[0], adapted[1]
-    print(iou_table(data.classes, tables))
-    pictures(nets, data, size, pixels, 6, report, run, align_corners=align_corners)
-    print(f"pictures: {report}")

@@ -1,13 +1,11 @@
-"""What every run needs around its loop: device, seeds, processes, precision, signals, progress, logs."""
+"""Where and how a process computes: device, seeds, processes, precision, signals, the header it prints."""
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.errors import UserError
-from lib.files import atomic_write
 
 NOT_FINITE = "hold NaN or infinite values"  # in every message of lib.ops and csrc/ about such an input
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,8 +42,8 @@ def cli(main: Callable[[list[str] | None], int | None]) -> None:
         code = 130
     finally:
         end_loaders()
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     sys.exit(code)
 
 
@@ -93,6 +90,15 @@ class Run:
         """Images [N, 3, H, W] on the device in the memory format of training."""
         return x.to(self.device, memory_format=self.memory_format, non_blocking=True)
 
+    def place_net(self, net: nn.Module, sync_bn: bool = True, compiled: bool = False) -> nn.Module:
+        """``net`` on the device in the memory format of training; with ``sync_bn``, BN over all GPUs of a run."""
+        net = net.to(self.device, memory_format=self.memory_format)
+        if sync_bn and self.world > 1 and self.device.type == "cuda":
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if compiled:
+            net.compile()
+        return net
+
     def sum(self, value: Tensor) -> Tensor:
         """``value`` added up over all processes (detached)."""
         value = value.detach().clone()
@@ -105,11 +111,11 @@ class Run:
         if self.world == 1:
             return
         grads = [p.grad for module in modules for p in module.parameters() if p.grad is not None]
-        flat = torch._utils._flatten_dense_tensors(grads)
+        flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         flat /= self.world
-        for grad, mean in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
-            grad.copy_(mean)
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
 
     def mean_values(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over all processes, as numbers."""
@@ -199,90 +205,3 @@ class StopRequest:
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-class Log:
-    """log.jsonl (one JSON object a logging step), optionally TensorBoard, and the progress bar.
-
-    A resumed run drops the lines after ``iteration``, so the file reads as if it had never been interrupted.
-    Off the terminal the bar becomes one printed line per logging step.
-    """
-
-    def __init__(self, run: Run, path: Path, iteration: int, total: int, tensorboard: Path | None = None):
-        self.run, self.path, self.bar, self.writer = run, path, None, None
-        if not run.is_main:
-            return
-        kept = []
-        if iteration and path.exists():
-            for line in path.read_text().splitlines(keepends=True):
-                # A killed process can leave a torn last line.
-                if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
-                    kept.append(line)
-        with atomic_write(path) as new:  # a process killed here loses no line
-            new.write_text("".join(kept))
-        if tensorboard is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") \
-                    from None
-            self.writer = SummaryWriter(tensorboard, purge_step=iteration + 1)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=iteration, unit="it", dynamic_ncols=True, smoothing=0.1)
-        self.total, self.started, self.first = total, time.monotonic(), iteration
-
-    def step(self, n: int = 1) -> None:
-        if self.bar is not None:
-            self.bar.update(n)
-
-    def losses(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Record the scalars of one logging step."""
-        if not self.run.is_main:
-            return
-        self._write(iteration, values)
-        text = " ".join(f"{k} = {v:.3g}" if k.startswith("lr") else f"{k} = {v:.3f}" for k, v in values.items())
-        memory = f"{peak_memory(self.run.device):.1f} GiB"
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{text} {memory}")
-        else:
-            seconds = time.monotonic() - self.started
-            speed = (iteration - self.first) / seconds
-            left = (self.total - iteration) / speed if speed > 0 else float("nan")
-            print(f"iter = {iteration:8d}/{self.total:8d}, {text}, {speed:.2f} it/s, {left / 60:.1f} min left, "
-                  f"{memory}", flush=True)
-
-    def scores(self, iteration: int, values: Mapping[str, object]) -> None:
-        """Record an evaluation, or any other event."""
-        if self.run.is_main:
-            self._write(iteration, values)
-
-    def _write(self, iteration: int, values: Mapping[str, object]) -> None:
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        if self.writer is not None:
-            for key, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(key, value, iteration)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
-
-
-def require_finite(losses: Mapping[str, float], iteration: int, files: Iterable[str], last_good: Path | None) -> None:
-    """Stop the run at a loss that is nan or infinite. Raises UserError with the iteration, files and checkpoint."""
-    bad = {k: v for k, v in losses.items() if not np.isfinite(v)}
-    if bad:
-        raise UserError(
-            f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in bad.items())
-            + f" for the images {', '.join(files)}. Last good checkpoint: {last_good or 'none yet'}. "
-            "A lower --learning-rate, or --amp off, are the first things to try.")
-
-
-def require_finite_weights(modules: Iterable[nn.Module], iteration: int, files: Iterable[str],
-                           last_good: Path | None) -> None:
-    """The same for the weights after a step: a finite loss may have a gradient that is not. Raises UserError."""
-    norm = nn.utils.get_total_norm(p.detach() for module in modules for p in module.parameters())
-    require_finite({"the norm of the weights": float(norm)}, iteration, files, last_good)

@@ -126,6 +126,14 @@ class DomainPair(NamedTuple):
         """uint8 [C, 3]: the colours of ``classes``."""
         return self.task.palette[[self.task.classes.index(name) for name in self.classes]]
 
+    def summary(self, size_s: object, size_t: object, target_trains: bool = True) -> dict[str, str]:
+        """Rows of a run's header; the sizes are (width, height), or words."""
+        return {"source": f"{len(self.source)} images of {self.source.description.name} at {size_s}",
+                "target": f"{len(self.target)} images of {self.task.name} at {size_t}" if target_trains
+                          else "none in training",
+                "validation": "none" if self.validation is None else
+                              f"{len(self.validation)} images of {self.task.name}"}
+
 
 def open_pair(source: Description, target: Description, transform_s: Transform, transform_t: Transform, *,
               num_classes: int | None = None, root_s: str | None = None, root_t: str | None = None,

@@ -6,14 +6,14 @@ al. (NeurIPS 2020) for ResNet-101.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import ops
 from lib.errors import UserError
+from lib.runtime import as_float32
 
 ASPP_RATES = (6, 12, 18, 24)
 
@@ -284,15 +284,6 @@ def logits_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, torch.Tensor) else output[-1]
 
 
-def aggregated_probabilities(net: nn.Module, x: Tensor, alpha: float = 0.5) -> Tensor:
-    """Class probabilities [N, classes, h, w] with spatial aggregation at test time (Kang et al. 2020, section 3.3).
-
-    Features are mixed with what similar pixels of the same image hold (cosine), classified by the main head, and the
-    probabilities mixed likewise (Kullback-Leibler); alpha is the aggregate's share. float32, or float64 as ``net``.
-    """
-    features = net(x, return_features=True)[0]
-    dtype = features.dtype
-    work = dtype if dtype == torch.float64 else torch.float32
-    features = ops.spatial_aggregate(features.to(work), "cos", alpha).to(dtype)
-    logits = getattr(net, net.head_names[-1])(features)
-    return ops.spatial_aggregate(F.softmax(logits.to(work), dim=1), "kl", alpha)
+def upsample(pred: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
+    """Bilinear, in at least float32: [N, C, h, w] -> [N, C, *size]."""
+    return F.interpolate(as_float32(pred), tuple(size), mode="bilinear", align_corners=align_corners)

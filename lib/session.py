@@ -1,0 +1,323 @@
+"""One training run's bookkeeping: where it resumes, what it logs, when it validates and saves, how it stops.
+
+A Session runs no forward or backward pass and no optimiser step: a training script does these in plain sight,
+
+    with Session(run, args, folder, modules, optimizers, ...) as session:    # resumes, catches signals
+        session.header({"weights": ..., "source": ...})
+        batches = session.batches(dataset, seed)
+        for i in session.steps(args.num_steps):
+            losses = step(...)                                                # forward, backward
+            optimizer.step()
+            session.end_step(losses, names)                                   # finite checks, log, validation
+
+and what happens between two iterations (a snapshot, leaving on Ctrl-C) happens when the loop asks for the next one.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib import checkpoint, ops, runtime
+from lib.datasets.folder import endless
+from lib.errors import UserError
+from lib.files import atomic_write
+from lib.flags import FREE_ARGUMENTS
+from lib.runtime import Run
+
+
+class Stateful(Protocol):
+    """Anything that must be as it was when a run resumes: a scaler, an image pool, a memory."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> object: ...
+
+
+class Session:
+    """One run in ``folder``.
+
+    args: the script's flags, among them those of lib.flags.add_run; all but FREE_ARGUMENTS and ``free`` must be the
+    same when the run is resumed. modules: the networks by the suffix of their snapshots' names ({"": net, "_D1": ..});
+    the first is the one that is validated. prefix: snapshots are named PREFIX + iteration + suffix + .pth; None writes
+    no snapshots. meta: iteration -> what a weight file says of its network. validation: called as
+    validation(net, iteration, meta, log), see lib.predict.Validation. extra_state: further objects to save by name.
+    Raises UserError where the folder holds another run, or where a resume file is not of this run.
+    """
+
+    def __init__(self, run: Run, args: argparse.Namespace, folder: Path, modules: Mapping[str, nn.Module],
+                 optimizers: Sequence[torch.optim.Optimizer], *, scaler: torch.amp.GradScaler | None = None,
+                 meta: Callable[[int], Mapping[str, object]], prefix: str | None = None, validation=None,
+                 extra_state: Mapping[str, Stateful] | None = None, free: Iterable[str] = ()):
+        self.run, self.args, self.folder, self.modules = run, args, Path(folder), dict(modules)
+        self.optimizers, self.scaler = list(optimizers), scaler or run.scaler()
+        self.meta, self.prefix, self.validation = meta, prefix, validation
+        self.extra_state, self.free = dict(extra_state or {}), {*FREE_ARGUMENTS, *free}
+        self.resume_file = self.folder / "resume.pth"
+        self.iteration = 0          # iterations done
+        self.exit_code = 0          # not 0 where a signal ended the run early
+        self.resumed = False
+        self.last_good: Path | None = None   # a checkpoint to go back to
+        self._resume()
+
+    @property
+    def net(self) -> nn.Module:
+        return next(iter(self.modules.values()))
+
+    # --- beginning ----------------------------------------------------------------------------------------------------
+
+    def _arguments(self) -> dict[str, object]:
+        """What must be the same in a resumed run."""
+        kept = {key: value for key, value in vars(self.args).items() if key not in self.free}
+        return {**kept, "nproc_per_node": self.run.world}
+
+    def _resume(self) -> None:
+        asked = self.args.resume           # True, a file's name, or False/None; "" is --resume without a name
+        asked = asked is not None and asked is not False
+        path = Path(self.args.resume) if isinstance(self.args.resume, str) and self.args.resume else self.resume_file
+        if asked and path.exists():
+            state = checkpoint.load_resume(path, list(self.modules.values()), self.optimizers, self.scaler,
+                                           self._arguments(), self.free)
+            self.iteration, self.last_good, self.resumed = state["iteration"], path, True
+            if self.validation is not None and state.get("validation"):
+                self.validation.load_state_dict(state["validation"])
+            for name, part in self.extra_state.items():
+                if name not in state.get("extra", {}):
+                    raise UserError(f"{path} lacks the state of '{name}': it is of another version of this script; "
+                                    "start again in another --snapshot-dir")
+                part.load_state_dict(state["extra"][name])
+        elif asked and path != self.resume_file:
+            raise UserError(f"--resume {path}: no such file")
+        elif asked:
+            self.run.say(f"note: there is no {path} yet: starting at the beginning")
+        elif self.resume_file.exists() and not self.args.overwrite:
+            raise UserError(f"{self.folder} holds an earlier run: go on with it (--resume), choose another "
+                            "--snapshot-dir, or replace it (--overwrite)")
+        elif self.run.is_main:
+            for name in ("resume.pth", "best.pth", "log.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+        self.run.barrier()
+
+    def header(self, rows: Mapping[str, object]) -> None:
+        """Print what this run is: device, precision and kernels, then ``rows``, then the folder."""
+        if self.resumed:
+            rows = {**rows, "weights": f"resumed at iteration {self.iteration}"}
+        runtime.header(self.run, {"kernels": ops.backend(), **rows, "output": self.folder})
+
+    def __enter__(self) -> Session:
+        self.stop = runtime.StopRequest()
+        self.stop.__enter__()
+        tensorboard = Path(self.args.log_dir or self.folder) if self.args.tensorboard else None
+        self.log = Log(self.run, self.folder / "log.jsonl", self.iteration, tensorboard)
+        return self
+
+    def batches(self, dataset, seed: int, passes: int = 1) -> Iterator:
+        """Endless shuffled batches of this process, from where the run stands; ``passes`` batches an iteration."""
+        return endless(dataset, self.args.batch_size, self.args.num_workers, seed=seed, start=self.iteration * passes,
+                       rank=self.run.rank, world=self.run.world, pin=self.run.device.type == "cuda")
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def steps(self, stop_at: int, total: int | None = None) -> Iterator[int]:
+        """The iterations that remain until ``stop_at``; fewer where a signal asks the run to leave.
+
+        total: of the whole run, for the progress bar, where the loop is one part of it (default: ``stop_at``).
+        """
+        self.log.expect(self.iteration, total or stop_at)
+        for i in range(self.iteration, stop_at):
+            yield i
+            self.iteration = i + 1
+            self.exit_code = self._stop_signal() if i + 1 < self.log.total else 0
+            is_snapshot = self._is_due(self.args.save_pred_every, stop_at)
+            if is_snapshot and self.prefix is not None:
+                self.save_snapshot()
+            if is_snapshot or self.exit_code:
+                self.save()
+            if self.exit_code:
+                return
+        if self.validation is not None and self.validation.iteration != self.iteration:  # resumed at its end
+            self._validate(self.iteration)
+
+    def end_step(self, losses: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]], names: Iterable[str],
+                 **values: float) -> None:
+        """Check, log and validate the iteration that has just been computed.
+
+        losses: scalars by name, or one such mapping for each of several passes, which are averaged. names: the files
+        that were in the batch. values: further numbers to log, such as the learning rate. Raises UserError where a
+        loss or a weight is not finite.
+        """
+        done = self.iteration + 1
+        passes = [losses] if isinstance(losses, Mapping) else list(losses)
+        means = {key: sum(p[key].detach() for p in passes) / len(passes) for key in passes[0]}
+        means = self.run.mean_values(means)
+        require_finite(means, done, names, self.last_good)
+        require_finite_weights(self.modules.values(), done, names, self.last_good)
+        self.log.advance()
+        if done % self.args.log_every == 0 or done == self.log.total:
+            self.log.losses(done, {**means, **values})
+        if self.validates_now():
+            self._validate(done)
+
+    def validates_now(self) -> bool:
+        """True for the iterations after which the network is validated."""
+        done = self.iteration + 1
+        return done % self.args.eval_every == 0 or done == self.log.total
+
+    def _is_due(self, every: int, stop_at: int) -> bool:
+        return self.iteration % every == 0 or self.iteration == stop_at
+
+    def _stop_signal(self) -> int:
+        """The exit code that a signal to any process asks for, or 0."""
+        return 128 + (self.stop.signal or 0) if self.run.any(self.stop.signal is not None) else 0
+
+    def _validate(self, iteration: int) -> None:
+        if self.validation is not None:
+            self.validation(self.net, iteration, self.meta(iteration), self.log)
+
+    # --- what is kept -------------------------------------------------------------------------------------------------
+
+    def save_snapshot(self) -> None:
+        """The weights of each network, under the names of the release."""
+        if self.run.is_main:
+            for suffix, module in self.modules.items():
+                checkpoint.save_weights(module, self.folder / f"{self.prefix}{self.iteration}{suffix}.pth",
+                                        self.meta(self.iteration))
+
+    def save(self) -> None:
+        """resume.pth: everything that the run needs to go on exactly."""
+        if self.run.is_main:
+            checkpoint.save_resume(
+                self.resume_file, list(self.modules.values()), self.optimizers, self.scaler, self.meta(self.iteration),
+                iteration=self.iteration, arguments=self._arguments(),
+                validation=self.validation and self.validation.state_dict(),
+                extra={name: part.state_dict() for name, part in self.extra_state.items()})
+        self.last_good = self.resume_file
+        self.run.barrier()
+
+    def __exit__(self, kind, *_) -> None:
+        self.stop.__exit__()
+        if kind is None and self.exit_code:
+            self.run.say(f"stopped at iteration {self.iteration}; --resume goes on from {self.resume_file}")
+        elif kind is None and self.validation is not None:
+            self.validation.report()
+        self.log.close()
+        if kind is None:
+            self.run.barrier()
+
+
+class Log:
+    """log.jsonl (one JSON object a logging step), optionally TensorBoard, and the progress bar.
+
+    A resumed run drops the lines after ``iteration``, so the file reads as if it had never been interrupted.
+    Off the terminal the bar becomes one printed line per logging step.
+    """
+
+    def __init__(self, run: Run, path: Path, iteration: int, tensorboard: Path | None = None):
+        self.run, self.path, self.bar, self.writer = run, path, None, None
+        self.first, self.total = iteration, iteration
+        if not run.is_main:
+            return
+        kept = _lines_until(path, iteration) if iteration and path.exists() else []
+        with atomic_write(path) as new:  # a process killed here loses no line
+            new.write_text("".join(kept))
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") \
+                    from None
+            self.writer = SummaryWriter(tensorboard, purge_step=iteration + 1)
+
+    def expect(self, iteration: int, total: int) -> None:
+        """Start counting at ``iteration``, towards ``total``."""
+        self.first, self.total, self.started = iteration, total, time.monotonic()
+        if self.run.is_main and sys.stderr.isatty() and self.bar is None:
+            self.bar = tqdm(total=total, initial=self.first, unit="it", dynamic_ncols=True, smoothing=0.1)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def losses(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Record the scalars of one logging step."""
+        if not self.run.is_main:
+            return
+        self._write(iteration, values)
+        text = " ".join(f"{k} = {v:.3g}" if k.startswith("lr") else f"{k} = {v}" if isinstance(v, int)
+                        else f"{k} = {v:.3f}" for k, v in values.items())
+        memory = f"{runtime.peak_memory(self.run.device):.1f} GiB"
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{text} {memory}")
+        else:
+            speed = (iteration - self.first) / (time.monotonic() - self.started)
+            left = (self.total - iteration) / speed if speed > 0 else float("nan")
+            print(f"iter = {iteration:8d}/{self.total:8d}, {text}, {speed:.2f} it/s, {left / 60:.1f} min left, "
+                  f"{memory}", flush=True)
+
+    def scores(self, iteration: int, values: Mapping[str, object]) -> None:
+        """Record an evaluation, or any other event."""
+        if self.run.is_main:
+            self._write(iteration, values)
+
+    def _write(self, iteration: int, values: Mapping[str, object]) -> None:
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}. Free some space; --resume goes on from the "
+                            "last saved point") from None
+        if self.writer is not None:
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(key, value, iteration)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _lines_until(path: Path, iteration: int) -> list[str]:
+    """The log's lines up to ``iteration``. Raises UserError for a file that is not a log."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the log cannot be read ({error}). Move it away, and --resume again") from None
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):  # a killed process can leave a torn last line
+            continue
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not a line of a run's log. Remove it, and --resume again") \
+                from None
+    return kept
+
+
+def require_finite(losses: Mapping[str, float], iteration: int, files: Iterable[str], last_good: Path | None) -> None:
+    """Stop the run at a loss that is nan or infinite. Raises UserError with the iteration, files and checkpoint."""
+    bad = {k: v for k, v in losses.items() if not np.isfinite(v)}
+    if bad:
+        raise UserError(
+            f"iteration {iteration}: " + ", ".join(f"{k} is {v}" for k, v in bad.items())
+            + f" for the images {', '.join(files)}. Last good checkpoint: {last_good or 'none yet'}. "
+            "A lower --learning-rate, or --amp off, are the first things to try.")
+
+
+def require_finite_weights(modules: Iterable[nn.Module], iteration: int, files: Iterable[str],
+                           last_good: Path | None) -> None:
+    """The same for the weights after a step: a finite loss may have a gradient that is not. Raises UserError."""
+    norm = nn.utils.get_total_norm(p.detach() for module in modules for p in module.parameters())
+    require_finite({"the norm of the weights": float(norm)}, iteration, files, last_good)
