@@ -69,7 +69,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[
         p.set_defaults(**{key: value.format(seed=known.random_seed) if isinstance(value, str) else value
                           for key, value in demo.items()})
     args = p.parse_args(argv)
-    args.overwrite = args.overwrite or args.demo and not args.resume
+    args.overwrite = args.overwrite or (args.demo and args.resume in (None, False))
     args.eval_every = args.eval_every or args.save_pred_every
     return args
 
@@ -118,14 +118,23 @@ def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_run(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None,
+            resume_file: bool = False) -> argparse._ArgumentGroup:
+    """aliases: second names for flags, from a release. resume_file: --resume may name a file."""
     group = p.add_argument_group("run")
+    names = {flag: [flag, *([aliases[flag]] if aliases and flag in aliases else [])]
+             for flag in ("--snapshot-dir", "--eval-every")}
     group.add_argument("--demo", action="store_true", help="render a small pair of domains and show the method on it")
-    group.add_argument("--snapshot-dir", help="weights, resume file, log, pictures")
-    group.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
+    group.add_argument(*names["--snapshot-dir"], help="weights, resume file, log, pictures")
+    if resume_file:
+        group.add_argument("--resume", nargs="?", const="", metavar="FILE",
+                           help="go on from FILE, by default the snapshot folder's resume.pth")
+    else:
+        group.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in the snapshot folder")
     group.add_argument("--save-pred-every", type=count, default=5000, help="iterations between snapshots")
-    group.add_argument("--eval-every", type=count, help="iterations between evaluations (default: as snapshots)")
+    group.add_argument(*names["--eval-every"], type=count,
+                       help="iterations between evaluations (default: as snapshots)")
     group.add_argument("--save-num-images", type=natural, default=2, help="pictures at each evaluation")
     group.add_argument("--log-every", type=count, default=10, help="iterations between log lines")
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")

@@ -218,8 +218,7 @@ def pictures(nets: Mapping[str, nn.Module], data: DomainPair, size: tuple[int, i
         rows.append([Image.fromarray(item.image), *(visual.colour_map(m, data.palette) for m in maps)])
     width = min(max(rows[0][0].width, 256), 480)
     key = visual.legend(data.classes, data.palette, len(rows[0]) * (width + 4) - 4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    visual.panel(rows, ["image", "truth", *nets], width, key=key).save(path)
+    visual.save(visual.panel(rows, ["image", "truth", *nets], width, key=key), path)
 
 
 class Validation:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lib.errors import UserError
+from lib.files import atomic_write
 
 INK, PALE, PAPER = (30, 30, 30), (205, 205, 205), (255, 255, 255)
 
@@ -91,6 +92,54 @@ def panel(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], width:
     if key:
         image.paste(key, (0, top))
     return image
+
+
+def draw_associations(pair: Sequence[Image.Image], grids: Sequence[tuple[int, int]], start: np.ndarray,
+                      end: np.ndarray, colours: np.ndarray, wrong: np.ndarray, max_lines: int = 40,
+                      gap: int = 4) -> Image.Image:
+    """Two images side by side with lines from pixels of the first feature map to pixels of the second.
+
+    grids: (height, width) of each feature map; start, end: int [N] places in the flattened maps; colours: uint8 [N, 3]
+    of the lines; wrong: bool [N], lines that end in a cross. At most ``max_lines``, evenly spread, are drawn.
+    """
+    sheet = stack([pair], gap)
+    offset = pair[0].width + gap
+    draw = ImageDraw.Draw(sheet)
+
+    def centre(place: int, image: Image.Image, grid: tuple[int, int]) -> tuple[float, float]:
+        height, width = grid
+        return (place % width + 0.5) * image.width / width, (place // width + 0.5) * image.height / height
+
+    for k in np.unique(np.linspace(0, len(start) - 1, min(max_lines, len(start))).astype(int)).tolist():
+        (x0, y0), (x1, y1) = centre(int(start[k]), pair[0], grids[0]), centre(int(end[k]), pair[1], grids[1])
+        x1 += offset
+        colour = tuple(colours[k].tolist())
+        draw.line((x0, y0, x1, y1), colour, 1)
+        if wrong[k]:
+            draw.line((x1 - 3, y1 - 3, x1 + 3, y1 + 3), colour, 2)
+            draw.line((x1 - 3, y1 + 3, x1 + 3, y1 - 3), colour, 2)
+    return sheet
+
+
+def stack(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
+    """Rows of images, each at its own size, on white with ``gap`` pixels between them."""
+    widths = [sum(image.width + gap for image in row) - gap for row in rows]
+    heights = [max(image.height for image in row) for row in rows]
+    sheet = Image.new("RGB", (max(widths), sum(heights) + gap * (len(rows) - 1)), PAPER)
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for image in row:
+            sheet.paste(image, (left, top))
+            left += image.width + gap
+        top += height + gap
+    return sheet
+
+
+def save(image: Image.Image, path: Path, **options: object) -> None:
+    """Write a picture whole or not at all. Raises UserError where it cannot be written."""
+    with atomic_write(path) as new:
+        image.save(new, **options)
 
 
 def read_log(log_jsonl: Path) -> list[dict]:
