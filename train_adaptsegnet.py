@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from lib.datasets.demo import render_demo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime
-from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
 from lib.datasets.folder import open_pair
 from lib.datasets.transforms import Augment

@@ -42,10 +42,10 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lib import checkpoint, flags, ops, predict, rounds, runtime, visual
-from lib.datasets.demo import render_demo
 from lib.datasets.description import label_table, load_description, written_values
 from lib.datasets.folder import DomainPair, ImageFolder, endless, open_pair
 from lib.datasets.transforms import PIXELS, random_crop
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.files import atomic_write
 from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou

@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime, visual
-from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
 from lib.datasets.folder import DomainPair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, Deeplab, set_bn_affine
 from lib.models.fcn8s import FCN8s, scaled

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime
-from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
 from lib.datasets.folder import DomainPair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment, ShortSideCrop, resize, to_tensor
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.models.deeplab import ARCHITECTURES, build, set_train_mode
 from lib.optim import deeplab_sgd, set_poly_lr

@@ -8,10 +8,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lib import ops, predict
-from lib.datasets.demo import render_demo
 from lib.datasets.description import load_description
 from lib.datasets.folder import ImageFolder
 from lib.datasets.transforms import Augment, to_tensor
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.metrics import confusion_matrix
 from lib.models.deeplab import build, logits_of
