@@ -32,15 +32,8 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from lib import flags
-from lib.datasets.description import (
-    Description,
-    label_table,
-    label_values,
-    load_description,
-    pattern_glob,
-    pattern_regex,
-    read_indices,
-)
+from lib.datasets.description import Description, load_description, pattern_glob, pattern_regex
+from lib.datasets.labels import label_table, label_values, read_indices
 from lib.errors import UserError
 from lib.metrics import fold_histogram, iou_dict, iou_table, joint_histogram, listed, mean_iou, per_class_iou, restrict
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime, visual
-from lib.datasets.description import load_description
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import DomainPair, endless, open_pair
 from lib.datasets.transforms import PIXELS, Augment
 from lib.demo.streets import render_demo
@@ -534,21 +534,22 @@ def train(args: argparse.Namespace) -> Outcome | int:
     pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
     # data
-    source, target = load_description(args.source), load_description(args.target)
-    size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
+    roots = [given or (str(Path(args.dataroot, Path(d.root).relative_to("data")))
+                       if args.dataroot and Path(d.root).parts[0] == "data" else None)
+             for given, d in ((args.data_dir, load_description(args.source)),
+                              (args.data_dir_target, load_description(args.target)))]
+    source = Domain.open(args.source, roots[0], args.source_set, args.data_list, "source")
+    target = Domain.open(args.target, roots[1], args.set, args.data_list_target)
+    size_s = args.input_size or source.size
+    size_t = args.input_size_target or target.size
     crop_s, crop_t = (tuple(map(min, args.crop_size, working)) for working in (size_s, size_t))
     if args.base == "deeplab" and min(*crop_s, *crop_t) < 17:
         raise UserError(f"--base deeplab needs images of at least 17x17, not {crop_s} and {crop_t}: choose a larger "
                         "--input-size, --input-size-target and --crop-size")
-    roots = [given or (str(Path(args.dataroot, Path(d.root).relative_to("data")))
-                       if args.dataroot and Path(d.root).parts[0] == "data" else None)
-             for given, d in ((args.data_dir, source), (args.data_dir_target, target))]
     data = open_pair(
         source, target, Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label, crop_s),
-        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label, crop_t), num_classes=args.num_classes,
-        root_s=roots[0], root_t=roots[1], set_s=args.source_set, set_t=args.set, set_val=args.val_set,
-        list_s=args.data_list, list_t=args.data_list_target, ignore=args.ignore_label, seed=args.random_seed,
-        fully=args.check_data)
+        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label, crop_t), val_set=args.val_set,
+        num_classes=args.num_classes, ignore=args.ignore_label, seed=args.random_seed, check_all=args.check_data)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
         return 0

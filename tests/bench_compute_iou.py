@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from compute_iou import score_pair  # noqa: E402
-from lib.datasets.description import label_table, label_values, load_description, read_indices  # noqa: E402
+from lib.datasets.description import load_description  # noqa: E402
+from lib.datasets.labels import label_table, label_values, read_indices  # noqa: E402
 from lib.metrics import fold_histogram, joint_histogram, per_class_iou  # noqa: E402
 
 DATA = load_description("cityscapes")
