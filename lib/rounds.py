@@ -158,7 +158,7 @@ def draw_labels(data: DomainPair, labelled: ImageFolder, most: int, path: Path) 
 
 
 def write_rounds(reports: Sequence[Mapping], folder: Path) -> None:
-    """rounds.jsonl, one line a round, and rounds.png, its curves."""
+    """rounds.jsonl, one line per round."""
     lines = []
     for report in reports:
         line = {"iteration": report["round"]}
@@ -170,7 +170,3 @@ def write_rounds(reports: Sequence[Mapping], folder: Path) -> None:
         line |= {f"IoU {name}": 100 * v for name, v in report.get("iou", {}).items() if v is not None}
         lines.append(line)
     write_text(folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    keys = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "iteration"]
-    if keys:
-        with atomic_write(folder / "rounds.png") as new:
-            visual.curves(folder / "rounds.jsonl", keys, new)

@@ -211,7 +211,7 @@ def test_what_a_run_writes_and_prints(place, folder):
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     images = [f"leftImg8bit/train/{city}/{city}_{n:06}_000019_leftImg8bit.png" for n, city in
               enumerate(("millbrook", "northgate", "riverton", "millbrook"))]
-    assert names == {"best.pth", "log.jsonl", "resume.pth", "rounds.jsonl", "rounds.png", "1/report.json", *(
+    assert names == {"best.pth", "log.jsonl", "resume.pth", "rounds.jsonl", "1/report.json", *(
         f"0/{name}" for name in ("report.json", "weights.pth", "pictures.png", "pseudo_labels.json", "train.txt",
                                  "source.txt", *(f"pseudo_labels{c}/{i}" for c in ("", "_color") for i in images)))}
     found = report(folder, 0)
@@ -406,7 +406,7 @@ def test_without_a_validation_set(place, folder, in_process):
     target = ["--data-dir-target", str(pair / "cityscapes")]
     assert script.main(rounds(place, folder, *target, "--save-num-images", "1")) == 0
     assert report(folder, 2) == {"round": 2} and "mIoU" not in report(folder, 1)
-    assert not (folder / "best.pth").exists() and (folder / "rounds.png").exists()
+    assert not (folder / "best.pth").exists() and (folder / "rounds.jsonl").exists()
 
 
 def test_the_demo(place, tmp_path, in_process, monkeypatch, capsys):
