@@ -34,6 +34,19 @@ def atomic_write(path: str | Path, advice: str = "Free some space, or choose ano
             temporary.unlink()
 
 
+def check_writable(path: str | Path, advice: str = "Choose another name") -> None:
+    """Raises UserError, with ``advice``, where a later atomic_write of ``path`` would fail: for use before the work."""
+    path = Path(path)
+    if os.path.isdir(path):
+        raise UserError(f"cannot write {path}: it is a folder. {advice}")
+    probe = path.with_name(f".new-{path.name}")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {shorten(path)}: {error.strerror or error}. {advice}") from None
+
+
 def read_text(path: str | Path) -> str:
     """A UTF-8 text file, with or without a byte-order mark. Raises UserError."""
     try:
