@@ -42,10 +42,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lib import checkpoint, flags, ops, predict, rounds, runtime, visual
-from lib.datasets.demo import render_demo
-from lib.datasets.description import label_table, load_description, written_values
+from lib.datasets.description import Domain
 from lib.datasets.folder import DomainPair, ImageFolder, endless, open_pair
+from lib.datasets.labels import label_table, written_values
 from lib.datasets.transforms import PIXELS, random_crop
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.files import atomic_write
 from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou
@@ -416,11 +417,10 @@ class Outcome(NamedTuple):
 
 
 def open_data(args: argparse.Namespace) -> DomainPair:
-    data = open_pair(
-        load_description(args.source), load_description(args.target), None, None, num_classes=args.num_classes,
-        root_s=args.data_dir, root_t=args.data_dir_target, set_s=args.source_set, set_t=args.set, set_val=args.val_set,
-        list_s=args.data_list, list_t=args.data_list_target, ignore=IGNORE, fully=args.check_data,
-        allow_overlap=args.allow_overlap)
+    source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+    target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target)
+    data = open_pair(source, target, None, None, val_set=args.val_set, num_classes=args.num_classes, ignore=IGNORE,
+                     check_all=args.check_data, allow_overlap=args.allow_overlap)
     if args.subset is not None:
         if args.subset > len(data.target):
             raise UserError(f"--subset {args.subset}: the target has {len(data.target)} images")
@@ -680,7 +680,7 @@ class SelfTraining:
         if self.run.is_main and not progress.left:
             rounds.write_description(labelled, work, self.folder / str(r))
             source = self.data.source
-            rounds.write_list([source.images[i] for i in self.chosen_in(r)], source.root, work / "source.txt")
+            rounds.write_list([source.images[i] for i in self.chosen_in(r)], source.domain.root, work / "source.txt")
 
     def selection_report(self, r: int, found: ops.Thresholds, predicted: Tensor, counted: Tensor) -> dict[str, object]:
         """The labels' entries of the report. counted: pixels [256] by label."""
@@ -698,9 +698,9 @@ class SelfTraining:
     def training_set(self, r: int) -> RoundSet:
         """The source subset and the pseudo-labels of round r."""
         args, data, work, report, labelled = self.args, self.data, self.work(r), self.reports[r], self.labelled(r)
-        labelled.description = load_description(work / "pseudo_labels.json")
-        labelled.table = label_table(labelled.description, self.classes)
-        labelled.table[labelled.table == labelled.description.ignore] = IGNORE
+        labelled.domain = Domain.open(work / "pseudo_labels.json")
+        labelled.table = label_table(labelled.domain.description, self.classes)
+        labelled.table[labelled.table == labelled.domain.description.ignore] = IGNORE
         if self.run.is_main and args.save_num_images:
             rounds.draw_labels(data, labelled, args.save_num_images, work / "pictures.png")
         soft = None
@@ -786,7 +786,7 @@ def train(args: argparse.Namespace) -> Outcome | int:
     if not found:
         this.enter(0)
     if args.subset is not None and run.is_main:
-        rounds.write_list(data.target.images, data.target.root, folder / "subset.txt")
+        rounds.write_list(data.target.images, data.target.domain.root, folder / "subset.txt")
     tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
     log = runtime.Log(run, folder / "log.jsonl", this.steps_before(first) + first_step,
                       this.steps_before(args.num_rounds - 1), tensorboard)

@@ -38,11 +38,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime, visual
-from lib.datasets.demo import render_demo
-from lib.datasets.description import Description, load_description
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import DomainPair, open_pair
 from lib.datasets.transforms import PIXELS, Augment, to_image
 from lib.demo.comparison import train_and_compare
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.models.deeplab import Deeplab, set_bn_affine, upsample
 from lib.models.fcn8s import FCN8s, scaled
@@ -496,9 +496,9 @@ def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: s
                            for m, rate in zip(others, (lr_g, lr_d), strict=False)}}
 
 
-def below_dataroot(description: Description, dataroot: str | None) -> str | None:
-    """The description's folder with ``dataroot`` in the place of data/; None where that does not apply."""
-    root = Path(description.root)
+def below_dataroot(data_set: str, dataroot: str | None) -> str | None:
+    """The folder of a data set's description with ``dataroot`` in the place of data/; None where there is none."""
+    root = Path(load_description(data_set).root)
     return str(Path(dataroot, root.relative_to("data"))) if dataroot and root.parts[0] == "data" else None
 
 
@@ -515,7 +515,10 @@ def train(args: argparse.Namespace) -> Session:
     pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
     # data
-    source, target = load_description(args.source), load_description(args.target)
+    root_s = args.data_dir or below_dataroot(args.source, args.dataroot)
+    root_t = args.data_dir_target or below_dataroot(args.target, args.dataroot)
+    source = Domain.open(args.source, root_s, args.source_set, args.data_list, "source")
+    target = Domain.open(args.target, root_t, args.set, args.data_list_target)
     size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
     crop_s, crop_t = (tuple(map(min, args.crop_size, size)) for size in (size_s, size_t))
     if args.base == "deeplab" and min(*crop_s, *crop_t) < 17:
@@ -523,11 +526,8 @@ def train(args: argparse.Namespace) -> Session:
                         "--input-size, --input-size-target and --crop-size")
     data = open_pair(
         source, target, Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label, crop_s),
-        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label, crop_t), num_classes=args.num_classes,
-        root_s=args.data_dir or below_dataroot(source, args.dataroot),
-        root_t=args.data_dir_target or below_dataroot(target, args.dataroot), set_s=args.source_set, set_t=args.set,
-        set_val=args.val_set, list_s=args.data_list, list_t=args.data_list_target, ignore=args.ignore_label,
-        seed=args.random_seed, fully=args.check_data)
+        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label, crop_t), val_set=args.val_set,
+        num_classes=args.num_classes, ignore=args.ignore_label, seed=args.random_seed, check_all=args.check_data)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
         raise SystemExit(0)

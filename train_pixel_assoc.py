@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime, visual
-from lib.datasets.demo import render_demo
-from lib.datasets.description import load_description
+from lib.datasets.description import Domain
 from lib.datasets.folder import DomainPair, open_pair
 from lib.datasets.transforms import Augment, crop_or_pad, mirror, resize, to_tensor
 from lib.demo.comparison import train_and_compare
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.models.deeplab import build, set_train_mode, upsample
 from lib.optim import deeplab_sgd, set_poly_lr
@@ -336,7 +336,8 @@ def train(args: argparse.Namespace) -> Session:
     pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
     # data
-    source, target = load_description(args.source), load_description(args.target)
+    source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+    target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target)
     if args.input_size:
         sizes = args.input_size, args.input_size_target
         augment = [Augment(size, pixels, random_mirror=args.random_mirror) for size in sizes]
@@ -345,9 +346,8 @@ def train(args: argparse.Namespace) -> Session:
         augment = [ShortSideCrop(args.crop_size, args.resize_short, pixels, args.random_mirror)] * 2
     test_size = args.test_size or args.input_size_target or (1460, 730)
     data = open_pair(
-        source, target, *augment, num_classes=args.num_classes, root_s=args.data_dir, root_t=args.data_dir_target,
-        set_s=args.source_set, set_t=args.set, set_val=args.val_set, list_s=args.data_list,
-        list_t=args.data_list_target, seed=args.random_seed, fully=args.check_data)
+        source, target, *augment, val_set=args.val_set, num_classes=args.num_classes, seed=args.random_seed,
+        check_all=args.check_data)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
         raise SystemExit(0)

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from lib import checkpoint, visual
-from lib.datasets.description import derived_description
 from lib.datasets.folder import DomainPair, ImageFolder
+from lib.datasets.labels import derived_description
 from lib.files import atomic_write
 from lib.runtime import Run, StopRequest
 
@@ -92,7 +92,7 @@ def write_list(images: Sequence[Path], root: Path, path: Path) -> None:
 
 def label_file(folder: Path, images: ImageFolder, index: int) -> Path:
     """Below ``folder`` as the image lies below its data set's root, as a .png."""
-    return folder / images.images[index].relative_to(images.root).with_suffix(".png")
+    return folder / images.images[index].relative_to(images.domain.root).with_suffix(".png")
 
 
 def write_description(images: ImageFolder, written: Path, final: Path) -> None:
@@ -101,9 +101,10 @@ def write_description(images: ImageFolder, written: Path, final: Path) -> None:
     ``written`` becomes ``final`` when its round is complete. The images are listed beside it.
     """
     final = final.resolve()
-    entries = derived_description(images.description, images.root, final / "pseudo_labels", f"{final}/{{set}}.txt",
-                                  images.set)
-    write_list(images.images, images.root, written / f"{images.set}.txt")
+    domain = images.domain
+    entries = derived_description(domain.description, domain.root, final / "pseudo_labels", f"{final}/{{set}}.txt",
+                                  domain.set)
+    write_list(images.images, domain.root, written / f"{domain.set}.txt")
     write_text(written / "pseudo_labels.json", json.dumps(entries, indent=1) + "\n")
 
 
@@ -139,7 +140,7 @@ def draw_labels(data: DomainPair, labelled: ImageFolder, most: int, path: Path) 
     """Panels [image, pseudo-label, truth where it is on disk] of ``most`` images. Nothing else opens that truth."""
     truth = None
     if data.task.labels is not None:
-        truth = ImageFolder(data.task, data.target.root, data.target.set, data.classes, None)
+        truth = ImageFolder(data.target.domain, data.classes, None)
         truth.images, truth.labels = data.target.images, [
             p for p in map(dict(zip(truth.images, truth.labels, strict=True)).get, data.target.images)]
     rows = []
@@ -157,7 +158,7 @@ def draw_labels(data: DomainPair, labelled: ImageFolder, most: int, path: Path) 
 
 
 def write_rounds(reports: Sequence[Mapping], folder: Path) -> None:
-    """rounds.jsonl, one line a round, and rounds.png, its curves."""
+    """rounds.jsonl, one line per round."""
     lines = []
     for report in reports:
         line = {"iteration": report["round"]}
@@ -169,7 +170,3 @@ def write_rounds(reports: Sequence[Mapping], folder: Path) -> None:
         line |= {f"IoU {name}": 100 * v for name, v in report.get("iou", {}).items() if v is not None}
         lines.append(line)
     write_text(folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    keys = [k for k in dict.fromkeys(k for line in lines for k in line) if k != "iteration"]
-    if keys:
-        with atomic_write(folder / "rounds.png") as new:
-            visual.curves(folder / "rounds.jsonl", keys, new)

@@ -12,15 +12,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from lib.datasets.description import (
-    label_path,
-    label_table,
-    list_images,
-    load_description,
-    read_image,
-    read_label,
-    select_classes,
-)
+from lib.datasets.description import Domain, load_description, select_classes
+from lib.datasets.labels import label_table, read_label
+from lib.datasets.pictures import read_image
 from lib.errors import UserError
 
 SHIPPED = ("gta5", "synthia", "cityscapes", "cross-city", "camvid", "idd_lite", "demo")
@@ -38,6 +32,11 @@ def described(folder: Path, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.json").write_text(json.dumps(entries))
     return load_description(folder / "mine.json")
+
+
+def label_path(d, root: Path, image: Path, set_: str) -> Path:
+    path, = Domain.open(d, root, set_).label_paths([image])
+    return path
 
 
 def touch(*paths: Path) -> None:
@@ -132,17 +131,16 @@ def test_images_and_labels_of_the_cityscapes_layout(tmp_path):
     images = [tmp_path / f"leftImg8bit/train/{n.split('_')[0]}/{n}_leftImg8bit.png" for n in names]
     touch(*images, tmp_path / "leftImg8bit/val/jena/jena_0_leftImg8bit.png")
     touch(tmp_path / "leftImg8bit/train/bonn/notes.png")
-    found = list_images(d, tmp_path, "train")
+    found = Domain.open(d, tmp_path, "train").list_images()
     assert found == sorted(images)
     assert label_path(d, tmp_path, found[0], "train") == (
         tmp_path / "gtFine/train/bonn/bonn_000000_000019_gtFine_labelIds.png")
     with pytest.raises(UserError, match="leftImg8bit/test/"):
-        list_images(d, tmp_path, "test")
+        Domain.open(d, tmp_path, "test").list_images()
     with pytest.raises(UserError, match="no such folder"):
-        list_images(d, tmp_path / "nowhere", "train")
+        Domain.open(d, tmp_path / "nowhere", "train").list_images()
     with pytest.raises(UserError, match="does not match"):
         label_path(d, tmp_path, tmp_path / "leftImg8bit/train/bonn/notes.png", "train")
-    assert label_path(d, str(tmp_path), str(found[0]), "train").name.endswith("labelIds.png")
 
 
 @pytest.mark.parametrize("line", ["bonn/b_0_leftImg8bit.png", "leftImg8bit/train/bonn/b_0_leftImg8bit.png"])
@@ -150,34 +148,34 @@ def test_list_lines_are_relative_to_the_images_or_the_root(tmp_path, line):
     d = load_description("cityscapes")
     touch(*(tmp_path / f"leftImg8bit/train/bonn/b_{n}_leftImg8bit.png" for n in range(2)))
     (tmp_path / "one.txt").write_text(f"\n{line}\n\n")
-    found = list_images(d, tmp_path, "train", tmp_path / "one.txt")
+    found = Domain.open(d, tmp_path, "train", tmp_path / "one.txt").list_images()
     assert found == [tmp_path / "leftImg8bit/train/bonn/b_0_leftImg8bit.png"]
 
 
 def test_lists_keep_their_order_and_name_what_is_missing(tmp_path):
     d, listed = load_description("gta5"), tmp_path / "list.txt"
     touch(*(tmp_path / f"images/{n:05}.png" for n in range(1, 4)))
-    assert [p.name for p in list_images(d, tmp_path, "train")] == ["00001.png", "00002.png", "00003.png"]
+    assert [p.name for p in Domain.open(d, tmp_path, "train").list_images()] == ["00001.png", "00002.png", "00003.png"]
     listed.write_text("00003.png\n00001.png\n")
-    assert [p.name for p in list_images(d, tmp_path, "train", listed)] == ["00003.png", "00001.png"]
+    assert [p.name for p in Domain.open(d, tmp_path, "train", listed).list_images()] == ["00003.png", "00001.png"]
     listed.write_text("00003.png\n00009.png\n")
     with pytest.raises(UserError, match="1 of 2 images do not exist.*00009.png"):
-        list_images(d, tmp_path, "train", listed)
+        Domain.open(d, tmp_path, "train", listed).list_images()
     listed.write_text("\n")
     with pytest.raises(UserError, match="the list is empty"):
-        list_images(d, tmp_path, "train", listed)
+        Domain.open(d, tmp_path, "train", listed).list_images()
     with pytest.raises(UserError, match="no set 'val'"):
-        list_images(d, tmp_path, "val")  # all images would be taken, those of the training too
+        Domain.open(d, tmp_path, "val").list_images()  # all images would be taken, those of the training too
 
 
 def test_the_sets_of_camvid_are_its_lists(tmp_path):
     d = load_description("camvid")
     touch(*(tmp_path / f"images/{n}.jpg" for n in "abc"), tmp_path / "lists/day_train.txt")
     (tmp_path / "lists/day_train.txt").write_text("c.jpg\na.jpg\n")
-    assert [p.name for p in list_images(d, tmp_path, d.sets["source"])] == ["c.jpg", "a.jpg"]
+    assert [p.name for p in Domain.open(d, tmp_path, d.sets["source"]).list_images()] == ["c.jpg", "a.jpg"]
     assert label_path(d, tmp_path, tmp_path / "images/c.jpg", "day_train") == tmp_path / "labels/c.png"
     with pytest.raises(UserError, match="dusk_test.txt: no such list"):
-        list_images(d, tmp_path, d.sets["val"])
+        Domain.open(d, tmp_path, d.sets["val"]).list_images()
 
 
 @pytest.mark.parametrize("name, image, label", [
@@ -194,7 +192,8 @@ def test_labels_of_the_other_layouts(tmp_path, name, image, label):
 def test_a_set_without_labels(tmp_path):
     entries = json.loads((ROOT / "lib/datasets/gta5.json").read_text())
     (tmp_path / "x.json").write_text(json.dumps({**entries, "labels": None}))
-    assert label_path(load_description(tmp_path / "x.json"), tmp_path, tmp_path / "images/1.png", "train") is None
+    with pytest.raises(UserError, match="has no labels, and they are needed"):
+        label_path(load_description(tmp_path / "x.json"), tmp_path, tmp_path / "images/1.png", "train")
 
 
 def test_a_placeholder_may_occur_twice(tmp_path):

@@ -262,7 +262,7 @@ BAD = {
     "other classes": lambda place: (["--num-classes", "19"], ["has 14 classes"]),
     "no data": lambda place: (["--data-dir", "nowhere"], ["nowhere: no such folder"]),
     "no such set": lambda place: ([*on_demo(place), "--set", "test"], ["no image of the set 'test'"]),
-    "no pictures": lambda place: (["--images", "nowhere"], ["--images nowhere: no such folder"]),
+    "no pictures": lambda place: (["--images", "nowhere"], ["nowhere: no such folder; it should hold pictures"]),
     "unreadable picture": spoil_picture,
     "label of another size": label_without_image_size,
     "a label missing": label_missing,

@@ -6,7 +6,8 @@ import torch
 
 import train_cbst as script
 from lib import ops
-from lib.datasets.description import load_description, written_values
+from lib.datasets.description import load_description
+from lib.datasets.labels import written_values
 from lib.models.deeplab import Deeplab
 from lib.runtime import Run
 

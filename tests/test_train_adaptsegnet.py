@@ -50,7 +50,7 @@ VARIANTS = {
                                        ONE_LEVEL),
     "bf16": (["--multi-level", "--amp", "bf16"], TWO_LEVELS),
     "other choices": (["--aspp", "full", "--bn-affine", "frozen", "--freeze-bn", "--bn-stats", "target", "--pixels",
-                       "imagenet", "--deterministic", "--ignore-label", "3", "--num-workers", "1"], ONE_LEVEL),
+                       "imagenet", "--deterministic", "--ignore-label", "30", "--num-workers", "1"], ONE_LEVEL),
     "VGG": (["--model", "DeeplabVGG", "--source-only"], ["loss_seg2"]),
 }
 

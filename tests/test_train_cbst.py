@@ -30,8 +30,9 @@ from scripts import (
 import train_adaptsegnet
 import train_cbst as script
 from lib import checkpoint, ops
-from lib.datasets.description import load_description, read_indices, written_values
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
+from lib.datasets.labels import read_indices, written_values
 from lib.datasets.transforms import random_crop
 from lib.errors import UserError
 from lib.models.deeplab import build
@@ -210,7 +211,7 @@ def test_what_a_run_writes_and_prints(place, folder):
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     images = [f"leftImg8bit/train/{city}/{city}_{n:06}_000019_leftImg8bit.png" for n, city in
               enumerate(("millbrook", "northgate", "riverton", "millbrook"))]
-    assert names == {"best.pth", "log.jsonl", "resume.pth", "rounds.jsonl", "rounds.png", "1/report.json", *(
+    assert names == {"best.pth", "log.jsonl", "resume.pth", "rounds.jsonl", "1/report.json", *(
         f"0/{name}" for name in ("report.json", "weights.pth", "pictures.png", "pseudo_labels.json", "train.txt",
                                  "source.txt", *(f"pseudo_labels{c}/{i}" for c in ("", "_color") for i in images)))}
     found = report(folder, 0)
@@ -237,8 +238,7 @@ def test_what_a_run_writes_and_prints(place, folder):
         assert fact in done.stdout, fact
 
     labels = folder / "0/pseudo_labels.json"
-    described = load_description(labels)
-    again = ImageFolder(described, described.root, described.sets["source"], CLASSES, None, task=demo)
+    again = ImageFolder(Domain.open(labels), CLASSES, None, task=demo)
     assert len(again) == 4 and (again.truth(1) == 255).any() and (again.truth(1) < 14).any()
     assert train_adaptsegnet.main([
         "--check-data", "--cpu", "--source", str(labels), "--target", "demo", "--data-dir-target",
@@ -406,7 +406,7 @@ def test_without_a_validation_set(place, folder, in_process):
     target = ["--data-dir-target", str(pair / "cityscapes")]
     assert script.main(rounds(place, folder, *target, "--save-num-images", "1")) == 0
     assert report(folder, 2) == {"round": 2} and "mIoU" not in report(folder, 1)
-    assert not (folder / "best.pth").exists() and (folder / "rounds.png").exists()
+    assert not (folder / "best.pth").exists() and (folder / "rounds.jsonl").exists()
 
 
 def test_the_demo(place, tmp_path, in_process, monkeypatch, capsys):
@@ -487,7 +487,7 @@ def prior_of(place: Path, shape: tuple[int, ...], value: float = 0.5) -> str:
 
 
 CASES = {
-    "overlapping lists": (lambda p: ["--set", "val"], ["2 images stand in both the training set", "choose another"]),
+    "overlapping lists": (lambda p: ["--set", "val"], ["2 images belong to both the training set", "choose another"]),
     "prior of other classes": (lambda p: ["--spatial-prior", prior_of(p, (13, HEIGHT, WIDTH))],
                                ["prior_array is 13 x 48 x 64; it should be 14 x height x width"]),
     "prior of another size": (lambda p: ["--spatial-prior", prior_of(p, (14, 24, 32))],

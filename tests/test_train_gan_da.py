@@ -62,7 +62,7 @@ VARIANTS = {
     "DeepLab": (["--base", "deeplab"], LOSSES),
     "bf16": (["--amp", "bf16"], LOSSES),
     "fp16": (["--amp", "fp16"], LOSSES),
-    "other choices": (["--pixels", "imagenet", "--deterministic", "--ignore-label", "3", "--num-classes", "14",
+    "other choices": (["--pixels", "imagenet", "--deterministic", "--ignore-label", "30", "--num-classes", "14",
                        "--lr-epochs", "0"], LOSSES),
 }
 
@@ -424,7 +424,7 @@ FLAGS = ["--lr 2e-3", "--lr-g 2e-4", "--lr-d 2e-4", "--beta1 0.5", "--beta1-gan 
          "--l1_weight 5", "--adv_weight 5", "--c_weight 5", "--dropout 0.2", "--lr-epochs 1", "--crop-size 40,24",
          "--random-mirror", "--random-scale", "--random-seed 7", "--batchSize 2", "--reduction mean",
          "--padding released", "--order gradients_before_steps", "--order released", "--optimizer SGD",
-         "--width 0.0625", "--pixels imagenet", "--method sourceonly", "--ignore-label 0"]
+         "--width 0.0625", "--pixels imagenet", "--method sourceonly"]
 
 
 def test_every_flag_acts(here, folder):
@@ -488,7 +488,7 @@ MISTAKES = {
     "missing folder": (lambda p: ["--data-dir", str(p / "nowhere")], ["nowhere: no such folder"]),
     "missing label": (lambda p: (p / "gta5/labels/00002.png").unlink(), ["00002.png does not exist"]),
     "not an image": (lambda p: (p / "gta5/images/00002.png").write_text("x"), ["00002.png: not an image"]),
-    "overlap": (lambda p: ["--set", "val"], ["2 images stand in both the training set", "choose another --set"]),
+    "overlap": (lambda p: ["--set", "val"], ["2 images belong to both the training set", "choose another --set"]),
     "missing weights": (lambda p: ["--restore-from", str(p / "no.pth")], ["no.pth does not exist"]),
     "small for DeepLab": (lambda p: ["--base", "deeplab", "--crop-size", "16,40"], ["at least 17x17", "--crop-size"]),
 }
