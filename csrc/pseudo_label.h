@@ -58,12 +58,4 @@ inline void check_histogram(const at::Tensor& hist, const std::optional<at::Tens
   TORCH_CHECK_VALUE(rate >= 1, "ds_rate: expected 1 or more, got ", rate);
 }
 
-inline void check_kept(const at::Tensor& label, const at::Tensor& confidence) {
-  TORCH_CHECK_VALUE(label.dim() == 3 && label.scalar_type() == at::kByte && confidence.sizes() == label.sizes() &&
-                        confidence.scalar_type() == at::kFloat,
-                    "expected label uint8 [N, H, W] and confidence float32 of the same shape, got ",
-                    label.scalar_type(), " ", label.sizes(), " and ", confidence.scalar_type(), " ",
-                    confidence.sizes());
-}
-
 }  // namespace segadapt

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import ops  # noqa: E402
+from lib.ops.association import _normalised  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -123,7 +124,7 @@ def faiss_argmax(a, b):
 
 
 def argmax_mismatches(inputs, result) -> int:
-    a, b = (ops._normalised(x).double() for x in inputs)
+    a, b = (_normalised(x).double() for x in inputs)
     count, best = 0, a.new_full((len(b),), -torch.inf)
     for i in range(0, len(a), 512):
         s = a[i:i + 512] @ b.t()
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.row is not None:
         print(json.dumps(measure(rows[args.row], args.device, args.threads, args.quick)))
         return 0
-    ops.require_compiled()  # built once, before the processes start
+    ops.use("compiled")  # built once, before the processes start
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
     print(f"{name}, {args.threads} thread(s), PyTorch {torch.__version__}\n")
     print("| operator | size | method | ms | of the bound | against direct | working memory, MB | mismatches |")

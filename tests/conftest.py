@@ -53,22 +53,31 @@ def in_this_process(monkeypatch):
 
     from lib import ops
 
-    monkeypatch.setitem(ops._state, "mode", "reference")
     monkeypatch.setenv("SEGADAPT_OPS", "reference")
-    threads = torch.get_num_threads()
+    before, threads = ops.use("reference"), torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    ops.use(before)
 
 
 @pytest.fixture(params=["reference", "compiled"])
 def backend(request):
     """Runs a test with both implementations of the operators."""
     from lib import ops  # torch: only where a test needs it
+    from lib.ops.build import load
 
-    before = ops._state["mode"]
-    if request.param == "compiled" and ops._load():
-        pytest.skip(f"not compiled: {ops._load()}")
-    ops.use(request.param)
+    if request.param == "compiled" and load("cpu"):
+        pytest.skip(f"not compiled: {load('cpu')}")
+    before = ops.use(request.param)
     yield request.param
     ops.use(before)
+
+
+@pytest.fixture
+def compiled():
+    """Skips a test where csrc/ is not compiled."""
+    from lib.ops.build import load
+
+    if load("cpu"):
+        pytest.skip(f"not compiled: {load('cpu')}")

@@ -57,14 +57,14 @@ def arguments(place: Path, *more: str, file: str = "trained.pth") -> list[str]:
 
 def evaluate(place: Path, *more: str, file: str = "trained.pth") -> str:
     """Run main() in ``place``, in this process; what it printed."""
-    printed, before, mode = io.StringIO(), os.getcwd(), ops._state["mode"]
+    printed, before, mode = io.StringIO(), os.getcwd(), ops.use("reference")
     os.chdir(place)
     try:
         with contextlib.redirect_stdout(printed):
             script.main(arguments(place, *more, file=file))
     finally:
         os.chdir(before)
-        ops._state["mode"] = mode
+        ops.use(mode)
     return printed.getvalue()
 
 

@@ -6,23 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from lib import ops
+from lib.ops.association import _contrast_softmax_, _ordered_dot, _softmax_grad_
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-
-
-@pytest.fixture(params=["compiled", "reference"])
-def mode(request):
-    if request.param == "compiled" and ops.backend() != "compiled":
-        pytest.skip("no compiled operators")
-    ops.use(request.param)
-    yield request.param
-    ops.use("auto")
-
-
-@pytest.fixture
-def compiled():
-    if ops.backend() != "compiled":
-        pytest.skip("no compiled operators")
 
 
 def vectors(kind: str, n: int, c: int, seed: int, dtype=torch.float32, device="cpu"):
@@ -55,7 +41,7 @@ def check_exact(a, b, index, value):
     torch.testing.assert_close(value.double(), at_index, rtol=1e-6, atol=1e-7)
     i, j = (s > at_index[:, None] - 1e-14).nonzero(as_tuple=True)
     i, j = i[j < index[i]], j[j < index[i]]  # summed in the operator's documented order, these must be smaller
-    assert (ops._ordered_dot(a[i], b[j]) < ops._ordered_dot(a[i], b[index[i]])).all()
+    assert (_ordered_dot(a[i], b[j]) < _ordered_dot(a[i], b[index[i]])).all()
 
 
 SIZES = [(1, 1, 1), (1, 15, 19), (15, 1, 256), (441, 300, 19), (300, 441, 256), (130, 77, 2048)]
@@ -64,7 +50,7 @@ SIZES = [(1, 1, 1), (1, 15, 19), (15, 1, 256), (441, 300, 19), (300, 441, 256), 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicates", "ties", "ranges"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_mutual_argmax(mode, size, kind, device):
+def test_mutual_argmax(backend, size, kind, device):
     n1, n2, c = size
     for dtype in (torch.float32, torch.float64):
         a, b = vectors(kind, n1, c, 1, dtype, device), vectors(kind, n2, c, 2, dtype, device)
@@ -113,7 +99,7 @@ def test_tiles_and_threads_do_not_matter(compiled, kind):
         torch.set_num_threads(before)
 
 
-def test_argmax_of_strided_and_half_inputs(mode):
+def test_argmax_of_strided_and_half_inputs(backend):
     a, b = vectors("random", 32, 50, 1), vectors("random", 32, 41, 2)
     expected = ops.mutual_argmax(a.t().contiguous(), b.t().contiguous())
     for got, want in zip(ops.mutual_argmax(a.t(), b.t()), expected, strict=True):
@@ -123,7 +109,7 @@ def test_argmax_of_strided_and_half_inputs(mode):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_finite_is_an_error(mode, bad):
+def test_not_finite_is_an_error(backend, bad):
     a = vectors("random", 5, 4, 1)
     with pytest.raises(ValueError, match="NaN"):
         ops.mutual_argmax(a, torch.where(a == a[2, 2], bad, a))
@@ -180,8 +166,8 @@ def maps(metric, shape_s, shape_t, dtype=torch.float64, classes=3, seed=0):
 @pytest.mark.parametrize("metric", ["cos", "kl"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shapes", [((2, 19, 6, 7), (2, 19, 5, 9)), ((1, 256, 9, 5), (1, 256, 9, 5))], ids=str)
-def test_loss_and_gradients_equal_the_direct_form(mode, metric, alpha, shapes, monkeypatch):
-    monkeypatch.setattr(ops, "_PANEL_BYTES", 4096)  # several panels
+def test_loss_and_gradients_equal_the_direct_form(backend, metric, alpha, shapes, monkeypatch):
+    monkeypatch.setattr("lib.ops.association._PANEL_BYTES", 4096)  # several panels
     x_s, x_t, y = maps(metric, *shapes)
     want, kept = direct_loss(x_s, x_t, y, metric, alpha)
     grads = torch.autograd.grad(want, (x_s, x_t))
@@ -194,7 +180,7 @@ def test_loss_and_gradients_equal_the_direct_form(mode, metric, alpha, shapes, m
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("metric", ["cos", "kl"])
-def test_float32_is_as_good_as_the_direct_form(mode, metric, device):
+def test_float32_is_as_good_as_the_direct_form(backend, metric, device):
     x_s, x_t, y = (t.detach().to(device) for t in maps(metric, (2, 19, 21, 21), (2, 19, 15, 30)))
     x_s, x_t = x_s.requires_grad_(), x_t.requires_grad_()
     want = torch.autograd.grad(direct_loss(x_s, x_t, y, metric, 0.5)[0], (x_s, x_t))
@@ -205,7 +191,7 @@ def test_float32_is_as_good_as_the_direct_form(mode, metric, device):
 
 
 @pytest.mark.parametrize("metric", ["cos", "kl"])
-def test_gradcheck(mode, metric):
+def test_gradcheck(backend, metric):
     """The published gradient treats standard deviations as constants, so that numbers can only confirm kl's aggregation
     here; for the rest test_loss_and_gradients_equal_the_direct_form compares with autograd, which detaches them too."""
     x = maps("kl", (1, 4, 3, 3), (1, 4, 3, 3))[0]
@@ -228,7 +214,7 @@ def test_gradcheck(mode, metric):
 
 
 @pytest.mark.parametrize("metric", ["cos", "kl"])
-def test_a_second_backward_pass_gives_the_same_gradients(mode, metric):
+def test_a_second_backward_pass_gives_the_same_gradients(backend, metric):
     """The first one gives the buffers away that the forward pass has filled."""
     x_s, x_t, y = maps(metric, (2, 4, 3, 4), (2, 4, 4, 4), classes=2)
     loss = ops.cycle_association_loss(x_s, x_t, y, metric=metric).loss
@@ -244,7 +230,7 @@ def _flat(x):
 
 
 @pytest.mark.parametrize("metric", ["cos", "kl"])
-def test_numerical_gradient_of_the_loss(mode, metric):
+def test_numerical_gradient_of_the_loss(backend, metric):
     """Central differences of the loss with standard deviations and indices frozen at the point of expansion."""
     x_s, x_t, y = maps(metric, (1, 4, 3, 4), (1, 4, 4, 4), classes=2)
     got = ops.cycle_association_loss(x_s, x_t, y, metric=metric, alpha=0.0)
@@ -274,7 +260,7 @@ def test_numerical_gradient_of_the_loss(mode, metric):
 
 
 @pytest.mark.parametrize("metric", ["cos", "kl"])
-def test_nothing_kept_is_an_attached_zero(mode, metric):
+def test_nothing_kept_is_an_attached_zero(backend, metric):
     x_s, x_t, y = maps(metric, (1, 4, 3, 3), (1, 4, 3, 3))
     got = ops.cycle_association_loss(x_s, x_t, torch.full_like(y, 255), metric=metric)
     assert got.loss.item() == 0 and got.kept.item() == 0 and not got.selected.any()
@@ -283,7 +269,7 @@ def test_nothing_kept_is_an_attached_zero(mode, metric):
 
 
 @pytest.mark.parametrize("metric", ["cos", "kl"])
-def test_degenerate_maps(mode, metric):
+def test_degenerate_maps(backend, metric):
     """One pixel, constant images (sigma = 0), zero vectors, one class: finite losses and gradients."""
     for shape_s, shape_t in (((1, 3, 1, 1), (1, 3, 1, 1)), ((1, 3, 2, 2), (1, 3, 1, 1)), ((1, 1, 2, 3), (1, 1, 3, 2))):
         x_s, x_t, y = maps(metric, shape_s, shape_t, torch.float32, classes=1)
@@ -305,7 +291,7 @@ def test_degenerate_maps(mode, metric):
         assert zeroed.grad.isfinite().all() and not zeroed.grad[..., 1].any()
 
 
-def test_layouts_autocast_and_no_grad(mode):
+def test_layouts_autocast_and_no_grad(backend):
     x_s, x_t, y = maps("cos", (2, 8, 6, 5), (2, 8, 6, 5), torch.float32)
     want = ops.cycle_association_loss(x_s, x_t, y)
     strided = [x.detach().to(memory_format=torch.channels_last).requires_grad_() for x in (x_s, x_t)]
@@ -327,7 +313,7 @@ def test_layouts_autocast_and_no_grad(mode):
     assert narrow[0].grad.dtype == torch.bfloat16 and narrow[0].grad.any()
 
 
-def test_batch_is_the_mean_over_all_kept_pixels(mode):
+def test_batch_is_the_mean_over_all_kept_pixels(backend):
     x_s, x_t, y = maps("cos", (3, 8, 5, 5), (3, 8, 4, 6))
     parts = [ops.cycle_association_loss(x_s[b:b + 1], x_t[b:b + 1], y[b:b + 1]) for b in range(3)]
     whole = ops.cycle_association_loss(x_s, x_t, y)
@@ -336,7 +322,7 @@ def test_batch_is_the_mean_over_all_kept_pixels(mode):
     torch.testing.assert_close(whole.loss, sum(p.loss * p.kept for p in parts) / kept)
 
 
-def test_repeated_runs_give_the_same_bits(mode):
+def test_repeated_runs_give_the_same_bits(backend):
     for metric in ("cos", "kl"):
         results = []
         for _ in range(2):
@@ -372,8 +358,8 @@ def test_panel_kernels_equal_their_reference(compiled, shape, dtype, device):
             for mode in ("compiled", "reference"):
                 ops.use(mode)
                 p, grad, sums = s.clone(), m.clone(), torch.ones(shape[1], dtype=dtype, device=device)
-                inverse = ops._contrast_softmax_(p, col_scale, contrast)
-                ops._softmax_grad_(grad, p, inverse.clamp(max=10.0), col_scale, sums)
+                inverse = _contrast_softmax_(p, col_scale, contrast)
+                _softmax_grad_(grad, p, inverse.clamp(max=10.0), col_scale, sums)
                 results.append((inverse, p, grad, sums))
             ops.use("auto")
             for got, want in zip(*results, strict=True):

@@ -151,7 +151,7 @@ def test_histograms_merge_and_batches_equal_single_images(backend):
     whole, halves = ops.new_histogram(7, fine=True), [ops.new_histogram(7, fine=True), ops.new_histogram(7, fine=True)]
     ops.refine_histogram_(whole, bins, images, probabilities=True, ds_rate=4)
     for half, part in zip(halves, (slice(0, 2), slice(2, 4)), strict=True):
-        ops.refine_kept_(half, bins, label[part], confidence[part], ds_rate=4)
+        ops.refine_histogram_(half, bins, images[part], probabilities=True, ds_rate=4)
     assert torch.equal(halves[0] + halves[1], whole) and whole.sum() > 0
     t = torch.full((7,), 0.4)
     label = ops.pseudo_label(images, t, probabilities=True)
@@ -179,11 +179,9 @@ def logits_and(options, shape, size):
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape,size", SIZES)
-def test_compiled_agrees_with_reference_on_logits(options, shape, size):
-    if ops._load():
-        pytest.skip(f"not compiled: {ops._load()}")
+def test_compiled_agrees_with_reference_on_logits(compiled, options, shape, size):
     logits, kwargs = logits_and(options, shape, size)
-    results, before = [], ops._state["mode"]
+    results, before = [], ops.use("auto")
     try:
         for mode in BACKENDS:
             ops.use(mode)
@@ -195,9 +193,6 @@ def test_compiled_agrees_with_reference_on_logits(options, shape, size):
             fine = ops.new_histogram(shape[1], fine=True)
             again = ops.refine_histogram_(fine, bins, logits, size, **kwargs)
             assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
-            kept = ops.new_histogram(shape[1], fine=True)
-            ops.refine_kept_(kept, bins, label, confidence)
-            assert torch.equal(kept, fine)
             found = ops.select_threshold(hist, 0.5, fine=fine).value
             for c in range(shape[1]):
                 own = confidence[label == c].sort(descending=True).values
@@ -221,9 +216,7 @@ def test_other_dtypes_are_computed_in_float32(backend, dtype):
         assert torch.equal(ops.pseudo_label(x, t, size), ops.pseudo_label(x.float(), t, size))
 
 
-def test_threads_do_not_change_a_bit():
-    if ops.backend() != "compiled":
-        pytest.skip("not compiled")
+def test_threads_do_not_change_a_bit(compiled):
     x = 3 * torch.randn(3, 19, 33, 65, generator=torch.Generator().manual_seed(5))
     threads, results = torch.get_num_threads(), []
     try:
@@ -250,8 +243,6 @@ def test_errors_say_what_is_wrong(backend):
         ops.confidence_histogram_(hist, x, (8, 8), prior=torch.ones(3, 4, 400))
     with pytest.raises(ValueError, match="ds_rate"):
         ops.confidence_histogram_(hist, x, ds_rate=0)
-    with pytest.raises(ValueError, match="same"):
-        ops.refine_kept_(ops.new_histogram(3, fine=True), torch.zeros(3, dtype=torch.int64), torch.zeros(4, 4), x)
     with pytest.raises(ValueError, match="'conf' or 'prob'"):
         ops.confidence_histogram_(hist, x, value="max")
     for thresholds in (torch.ones(4), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, float("nan"), 1.0])):
@@ -284,18 +275,14 @@ def test_a_second_pass_that_differs_is_reported(backend):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_opcheck(device):
-    if ops._load():
-        pytest.skip(f"not compiled: {ops._load()}")
+def test_opcheck(compiled, device):
     x, prior = torch.randn(2, 4, 5, 6, device=device), torch.rand(4, 9, 11, device=device)
     hist, fine = ops.new_histogram(4, device), ops.new_histogram(4, device, fine=True)
     bins, thresholds = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, device=device)
-    label, confidence = torch.zeros(2, 5, 6, dtype=torch.uint8, device=device), torch.rand(2, 5, 6, device=device)
     library, size, mirrored = torch.ops.segadapt, (9, 11), x.flip(-1)
     torch.library.opcheck(library.upsample_argmax, (x, size, True))
     torch.library.opcheck(library.confidence_histogram_, (hist, None, x, mirrored, prior, size, True, False, 2, False))
     torch.library.opcheck(library.confidence_histogram_, (fine, bins, x, None, None, size, True, True, 1, True))
-    torch.library.opcheck(library.count_confidences_, (hist, None, label, confidence, 2))
     torch.library.opcheck(library.pseudo_label, (x, thresholds, mirrored, prior, size, False, False))
 
 
@@ -352,11 +339,9 @@ def test_cuda_agrees_on_logits(backend, options, shape, size):
     found = ops.pseudo_label(logits, t.to("cuda"), size, **kwargs)
     assert (label.cpu() != want[0]).float().mean() < 1e-4 and (found.cpu() != wanted).float().mean() < 1e-4
     bins = ops.select_threshold(hist, 0.5).bins
-    fine, kept = (ops.new_histogram(shape[1], "cuda", fine=True) for _ in range(2))
+    fine = ops.new_histogram(shape[1], "cuda", fine=True)
     again = ops.refine_histogram_(fine, bins, logits, size, **kwargs)
     assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
-    ops.refine_kept_(kept, bins, label, confidence)
-    assert torch.equal(kept, fine)
 
 
 @needs_gpu

@@ -23,8 +23,7 @@ SIZE = (48, 32)  # width, height
 
 @pytest.fixture(autouse=True)
 def reference_kernels():
-    mode = ops._state["mode"]
-    ops.use("reference")
+    mode = ops.use("reference")
     yield
     ops.use(mode)
 

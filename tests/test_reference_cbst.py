@@ -9,6 +9,7 @@ from lib import ops
 from lib.datasets.description import load_description
 from lib.datasets.labels import written_values
 from lib.models.deeplab import Deeplab
+from lib.ops.pseudo_label import _probabilities
 from lib.runtime import Run
 
 INFO, DATA = conftest.load_reference("cbst")
@@ -214,10 +215,10 @@ def test_probabilities_at_some_pixels_are_those_of_the_operators():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 19, 9, 13, generator=generator)
     prior = torch.rand(19, 40, 64, generator=generator)
-    expected = ops._probabilities(logits[0], logits[1], prior, (40, 64), True, False)
+    expected = _probabilities(logits[0], logits[1], prior, (40, 64), True, False)
     rows, cols = np.array([0, 7, 8, 39]), np.arange(64)[::-3]
     ours = script.probabilities_at(logits, (40, 64), rows, cols, prior)
     torch.testing.assert_close(ours, expected[:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
     once = script.probabilities_at(logits[:1], (40, 64), rows, cols)
-    torch.testing.assert_close(once, ops._probabilities(logits[0], None, None, (40, 64), True, False)
+    torch.testing.assert_close(once, _probabilities(logits[0], None, None, (40, 64), True, False)
                                [:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)

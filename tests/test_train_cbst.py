@@ -94,7 +94,7 @@ def forked(arguments: list[str], when: str = "never:0", by: signal.Signals = sig
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             torch.set_num_threads(1)  # threads do not survive a fork
-            ops._state["mode"] = "reference"
+            ops.use("reference")
             shrink(script)
             interrupt(script, when, by)
             code = script.main(arguments)

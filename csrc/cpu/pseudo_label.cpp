@@ -462,13 +462,6 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   return {label, confidence};
 }
 
-void count_confidences_(at::Tensor& hist, const std::optional<at::Tensor>& bins, const at::Tensor& label,
-                        const at::Tensor& confidence, int64_t rate) {
-  check_histogram(hist, bins, hist.size(0), rate);
-  check_kept(label, confidence);
-  count_images(label.contiguous(), confidence.contiguous(), hist.size(0), rate, counter(hist, bins), true);
-}
-
 // ---- labels ---------------------------------------------------------------------------------------------------------
 
 at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
@@ -525,6 +518,5 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
 TORCH_LIBRARY_IMPL(segadapt, CPU, m) {
   m.impl("upsample_argmax", segadapt::upsample_argmax);
   m.impl("confidence_histogram_", segadapt::confidence_histogram_);
-  m.impl("count_confidences_", segadapt::count_confidences_);
   m.impl("pseudo_label", segadapt::pseudo_label);
 }

@@ -310,14 +310,6 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   return {label, confidence};
 }
 
-void count_confidences_(at::Tensor& hist, const std::optional<at::Tensor>& bins, const at::Tensor& label,
-                        const at::Tensor& confidence, int64_t rate) {
-  check_histogram(hist, bins, hist.size(0), rate);
-  check_kept(label, confidence);
-  const c10::cuda::CUDAGuard guard(label.device());
-  if (label.numel() > 0) count_images(hist, bins, label.contiguous(), confidence.contiguous(), rate, true);
-}
-
 // ---- labels ---------------------------------------------------------------------------------------------------------
 
 template <typename S>
@@ -361,6 +353,5 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
 TORCH_LIBRARY_IMPL(segadapt, CUDA, m) {
   m.impl("upsample_argmax", segadapt::upsample_argmax);
   m.impl("confidence_histogram_", segadapt::confidence_histogram_);
-  m.impl("count_confidences_", segadapt::count_confidences_);
   m.impl("pseudo_label", segadapt::pseudo_label);
 }
