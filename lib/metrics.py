@@ -141,3 +141,22 @@ def iou_table(names: Sequence[str], confusions: Mapping[str, np.ndarray]) -> str
         lines.append(f"{name:<{first}}" + "".join(f"  {cell:>{max(9, len(label))}}"
                                                   for label, cell in zip(columns, cells, strict=True)))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def selection_table(report: Mapping) -> str:
+    """What a round of self-training selected, one class a line: threshold, per cent of the predicted and of the
+    labelled pixels, IoU of the network that was scored.
+
+    report: {"thresholds", "predicted", "labelled": {class: number}, "iou": {class: 0..1}}.
+    """
+    names = list(report["predicted"])
+    predicted, labelled = (max(sum(report[key].values()), 1) for key in ("predicted", "labelled"))
+    width = max(map(len, names))
+    lines = [f"{'':{width}}  threshold  predicted %  labelled %    IoU"]
+    for name in names:
+        iou = report.get("iou", {}).get(name)
+        lines.append(f"{name:{width}}  {report['thresholds'][name]:9.4f}  "
+                     f"{100 * report['predicted'][name] / predicted:11.2f}  "
+                     f"{100 * report['labelled'][name] / labelled:10.2f}  "
+                     f"{'' if iou is None else format(100 * iou, '5.1f'):>5}".rstrip())
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lib.models.discriminator import FCDiscriminator
 from PIL import Image
 from scripts import execute, message, render
 
@@ -18,7 +19,6 @@ from lib import checkpoint, ops
 from lib.datasets.description import load_description
 from lib.errors import UserError
 from lib.models.deeplab import build
-from lib.models.discriminator import FCDiscriminator
 from lib.models.fcn8s import FCN8s
 
 DEMO = load_description("demo")

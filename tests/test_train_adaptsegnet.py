@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted import TinyNet
+from lib.models.discriminator import FCDiscriminator
 from PIL import Image
 from scripts import (
     ENVIRONMENT,
@@ -30,7 +31,6 @@ from lib import checkpoint
 from lib.datasets.folder import open_pair
 from lib.errors import UserError
 from lib.models.deeplab import build
-from lib.models.discriminator import FCDiscriminator
 from lib.runtime import Run
 
 SCRIPT = "train_adaptsegnet.py"
