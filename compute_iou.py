@@ -8,9 +8,9 @@ description (--data) says which of its files those are. The prediction for an im
 subfolder of its label, under the image's name as an 8-bit .png of class indices: 0..18, the positions in the
 description's list of classes (frankfurt_000000_000294_leftImg8bit.png). *_color.png files are never read.
 
-Every label needs a sound prediction. Missing and broken files, unequal sizes, label values that the description does
-not know and predictions outside the classes are listed, all at once, and nothing is scored (exit code 2). The original
-evaluation skipped some of these and miscounted others.
+Every label needs a sound prediction. Missing and broken files, unequal sizes, unknown label values and predictions
+outside the classes are listed, all at once, and nothing is scored (exit code 2); the original evaluation skipped some
+of these and miscounted others.
 
 --classes 13 or 16 (SYNTHIA's), or a list of names, scores those classes the way the field does: pixels whose truth is
 another class are ignored; on the remaining ones the prediction of another class counts as wrong. --predicted 16 says
@@ -18,8 +18,7 @@ that the predictions' values are indices into that list (0..15), not into the da
 --label-ids says that they are the data set's own label values (7 is road in Cityscapes); void values count as wrong.
 --devkit_dir reads the original release's folder (info.json, label.txt, val.txt) instead of a description.
 
---workers processes; by default one for every 50 images, as far as there are processors: for a few images starting them
-costs more than it gains. Nothing here imports torch, so that the scores come at once.
+Nothing here imports torch, so that the scores come at once.
 """
 import argparse
 import json
@@ -57,7 +56,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     values.add_argument("--predicted", metavar="CLASSES", help="likewise: the classes that the predictions index")
     values.add_argument("--label-ids", action="store_true", help="the predictions hold the data set's label values")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and confusion matrix there")
-    parser.add_argument("--workers", type=flags.count, metavar="N", help="processes (default: one for every 50 images)")
+    parser.add_argument("--workers", type=flags.count, metavar="N",
+                        help="processes (default: one for every 50 images, at most one for each processor)")
     args = parser.parse_args(argv)
     if args.devkit_dir and (args.set or args.list or args.data != parser.get_default("data")):
         parser.error("--devkit_dir takes the place of --data, --set and --list: give one or the other")
@@ -232,6 +232,19 @@ def by_class(counts: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return confusion
 
 
+def look_like_ids(as_ids: np.ndarray, as_indices: np.ndarray) -> bool:
+    """Whether predictions with these confusion matrices are label ids; not where they hold a single value, which may be
+    that of a network that has collapsed."""
+    def kappa(confusion: np.ndarray) -> float:  # agreement beyond chance (Cohen 1960)
+        share = confusion / max(confusion.sum(), 1)
+        chance = share.sum(1) @ share.sum(0)[:len(share)]
+        return (share.trace() - chance) / max(1 - chance, 1e-9)
+
+    several = np.count_nonzero(as_ids.any(0)) > 1
+    never_right = as_indices.trace() == 0 and as_ids.trace() > 0
+    return several and (never_right or kappa(as_ids) > max(0.1, 2 * kappa(as_indices)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.json:
@@ -255,15 +268,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     allowed = table >= 0 if args.label_ids else np.arange(256) < len(predicted)
     counts = score(pairs, read, table, len(names), allowed, args.workers)
     confusion = by_class(counts, ids if args.label_ids else indices)
-    if not args.label_ids and not args.predicted and encoding != "rgb":
-        hits, hits_as_ids = int(confusion.trace()), int(by_class(counts, ids).trace())
-        if hits_as_ids > 2 * hits:
-            raise UserError(f"{args.pred_dir}: the predictions look like label ids: read so, {hits_as_ids} pixels are "
-                            f"right; read as class indices, {hits}. Give --label-ids, or --predicted {len(names)} to "
-                            "score them as class indices")
-    scored = [names[c] for c in keep]
-    others = [name for name in names if name not in scored]
+    unclear = not (args.label_ids or args.predicted or encoding == "rgb")
+    if unclear and look_like_ids(by_class(counts, ids), confusion):
+        raise UserError(f"{args.pred_dir}: the predictions look like label ids: as such they agree with the labels, as "
+                        f"class indices they do not. Give --label-ids, or --predicted {len(names)} if they are indices")
     confusion = restrict(confusion if args.label_ids else confusion[:, :-1], keep)
+    scored = [names[c] for c in keep]
 
     print("Num classes", len(scored))
     for name, iou in zip(scored, per_class_iou(confusion), strict=True):
@@ -274,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         result = {"data": data, "ground_truth": str(args.gt_dir), "predictions": str(args.pred_dir),
                   "images": len(pairs), **iou_dict(scored, confusion),
-                  "confusion_columns": scored + others + ["void"] * args.label_ids}
+                  "confusion_columns": [*scored, *(name for name in names if name not in scored),
+                                        *(["void"] if args.label_ids else [])]}
         with atomic_write(args.json, "Choose another --json") as new:
             new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

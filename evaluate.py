@@ -150,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "network": f"{known['model']} {known['arch']}, {len(classes)} classes"
                    + f", ASPP {known['aspp']}" * (known["model"] != "FCN8s"),
         "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
-        "images": f"{len(images)} of {args.images or data.name} at {size}, {'labelled' if labelled else 'no labels'}",
+        "images": f"{len(images)} of {args.images or data.name} at "
+                  f"{f'a height of {size} pixels' if isinstance(size, int) else size}, "
+                  f"{'labelled' if labelled else 'no labels'}",
         "scales": f"{args.scales}{', mirrored too' * args.flip}"
                   + f", aggregated by {args.aggregate}" * bool(args.aggregate),
         "numbers": {"off": "float32"}.get(args.amp, args.amp) + ", compiled" * args.compile,

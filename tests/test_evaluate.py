@@ -20,6 +20,7 @@ from lib.datasets.description import load_description
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.fcn8s import FCN8s
+from train_adaptsegnet import FCDiscriminator
 
 DEMO = load_description("demo")
 
@@ -130,6 +131,7 @@ def test_a_file_of_the_release_on_any_pictures(place):
             assert Image.open(out / (Path(name).name + ending)).size == size
     assert "Deeplab resnet18, 19 classes, ASPP released" in printed and "pixels     caffe" in printed
     assert "no labels" in printed and "mean" not in printed
+    assert "of pictures at (64, 48), no labels" in printed
     assert "no labels to score against" in refusal(place, "--images", "pictures", "--json", "x.json")
     Image.new("RGB", (9, 9)).save(place / "pictures/sub/wide.png")
     text = refusal(place, "--images", "pictures")
@@ -143,6 +145,8 @@ def test_a_checkpoint_of_crst(place):
     path.parent.mkdir(exist_ok=True)
     pixels = np.kron(np.random.default_rng(5).integers(0, 256, (3, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8)
     Image.fromarray(pixels).save(path)
+    assert "1 of one at a height of 512 pixels, no labels" in evaluate(
+        place, "--images", "one", "--save", "none", "--aspp", "full", file="crst.pth")
     printed = evaluate(place, "--images", "one", "--size", "64,48", "--save", "crst", "--aspp", "full", "--pixels",
                        "imagenet", file="crst.pth")
     assert "Deeplab resnet18, 19 classes, ASPP full" in printed and "pixels     imagenet" in printed

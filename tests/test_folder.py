@@ -1,5 +1,6 @@
 """lib/datasets/folder.py: endless draws that nothing disturbs, labels that stay closed, and the checks before a run."""
 import json
+import os
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -240,6 +241,70 @@ def test_a_validation_set_that_is_not_there(pair):
     shutil.rmtree(pair / "city/leftImg8bit/val")
     assert opened(pair).validation is None
     refused(pair, "no image of the set 'val'", val_set="val")
+
+
+def test_a_validation_set_without_labels(pair):
+    """Left out where the user did not ask for it; one label that is missing is a mistake."""
+    shutil.move(pair / "city/gtFine", pair / "city/labels")
+    assert opened(pair).validation is None
+    refused(pair, "3 bad files", "_gtFine_labelIds.png does not exist", val_set="val")
+    shutil.move(pair / "city/labels", pair / "city/gtFine")
+    (pair / "city/gtFine/val/x/val001_gtFine_labelIds.png").unlink()
+    refused(pair, "1 bad file", "val001_gtFine_labelIds.png does not exist")
+
+
+def test_a_broken_list_of_the_validation_set_is_not_taken_for_a_missing_one(pair):
+    entries = json.loads((Path(__file__).parent.parent / "lib/datasets/cityscapes.json").read_text())
+    (pair / "listed.json").write_text(json.dumps({**entries, "list": "{set}.txt"}))
+    (pair / "city/val.txt").write_text("x/val007_leftImg8bit.png\n")
+    refused(pair, "val.txt: 1 of 1 images do not exist", "val007", target=pair / "listed.json")
+
+
+@pytest.mark.parametrize("at", ["gta5/labels", "city/gtFine/val/x"])
+@pytest.mark.parametrize("check_all", [False, True])
+def test_labels_that_are_all_void(pair, at, check_all):
+    paths = sorted((pair / at).iterdir())
+    for path in paths:
+        Image.fromarray(np.zeros(SIZE[::-1], np.uint8)).save(path)
+    refused(pair, f"none of the {len(paths)} labels that were read, {paths[0]} the first, has a pixel of any class",
+            check_all=check_all)
+    Image.fromarray(np.full(SIZE[::-1], 7, np.uint8)).save(paths[-1])
+    opened(pair, check_all=check_all)
+
+
+def test_an_ignored_value_that_is_a_class(pair):
+    refused(pair, "the label to ignore, 3, is the index of the class 'wall': choose one from 19 to 255", ignore=3)
+    opened(pair, ignore=19)
+
+
+@pytest.mark.parametrize("check_all", [False, True])
+def test_a_misspelt_class_of_a_map(pair, check_all):
+    entries = json.loads((Path(__file__).parent.parent / "lib/datasets/cityscapes.json").read_text())
+    (pair / "mine.json").write_text(json.dumps({**entries, "maps": {"gta5": {"vegetatoin": "terrain"}}}))
+    refused(pair, "'maps' of the data set 'cityscapes' names vegetatoin, no class of 'gta5'",
+            target=pair / "mine.json", check_all=check_all)
+
+
+def test_overlap_is_seen_through_links(pair):
+    names = ["x/val001_leftImg8bit.png", "x/train001_leftImg8bit.png"]
+    (pair / "city/leftImg8bit/train" / names[1]).unlink()
+    (pair / "city/leftImg8bit/train" / names[1]).symlink_to(pair / "city/leftImg8bit/val" / names[0])
+    refused(pair, "1 image belongs to both", names[1])
+    assert len(opened(pair, allow_overlap=True).target) == 7
+
+
+def test_a_start_asks_for_folders_not_for_files(pair, monkeypatch):
+    """With 25,000 files on a network drive, a question for each file takes minutes."""
+    write(pair / "gta5", "images/{}.png", "labels/{}.png", 300, 0, (8, 6))
+    questions, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, *more, **named: questions.append(path) or stat(path, *more, **named))
+    folder = ImageFolder(Domain.open("gta5", pair / "gta5"), load_description("gta5").classes, PLAIN)
+    check(folder)
+    assert len(folder) == 300 and 0 < len(questions) < 10
+    (pair / "list.txt").write_text("".join(f"{n:03}.png\n" for n in range(300)))
+    questions.clear()
+    assert len(Domain.open("gta5", pair / "gta5", list_file=pair / "list.txt").list_images()) == 300
+    assert len(questions) < 10
 
 
 def one_class(pair: Path) -> Path:

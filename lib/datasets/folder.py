@@ -178,7 +178,8 @@ def open_pair(source: Domain, target: Domain, transform_s: Transform, transform_
         files = {_file_number(path) for path in validation.images}
         shared = [path for path in folder_t.images if _file_number(path) in files]
         if shared:
-            raise UserError(f"{len(shared)} images belong to both the training set ({target.set}) and the evaluation "
+            images = "1 image belongs" if len(shared) == 1 else f"{len(shared)} images belong"
+            raise UserError(f"{images} to both the training set ({target.set}) and the evaluation "
                             f"set ({validation.domain.set}) of {target.name}, {shared[0]} among them: "
                             "choose another --set, --val-set or list")
     return DomainPair(folder_s, folder_t, validation, target.description, classes)

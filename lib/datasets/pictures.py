@@ -134,7 +134,7 @@ def open_image(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError:
         raise UserError(f"{path}: has more than {MAX_PIXELS >> 20} million pixels; is it the right file?") from None
     except Exception as error:  # broken files make Pillow raise many types
-        raise UserError(f"{shorten(path)}: not an image that can be read: {error}") from None
+        raise UserError(f"{shorten(path)}: not an image that can be read: {shorten(error)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise UserError(f"{path}: {image.width}x{image.height} are more than {MAX_PIXELS >> 20} million pixels; "
                         "is it the right file?")
@@ -146,5 +146,5 @@ def load(path: str | Path, image: Image.Image) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # as in open_image
-        raise UserError(f"{path}: the image is broken or truncated: {error}") from None
+        raise UserError(f"{path}: the image is broken or truncated: {shorten(error)}") from None
     return image
