@@ -98,7 +98,7 @@ def test_selection_by_own_probability(backend, case):
 
 
 def original_ds_rate(label: torch.Tensor, listed: int) -> int:
-    """The files give no rate of the original, but how many confidences it lists, with a 0 for each class and one more."""
+    """The files tell how many confidences the original lists (a 0 a class and another among them), no rate."""
     pixels = torch.stack([image.flatten().long().bincount(minlength=CLASSES) for image in label])
     return next(rate for rate in range(1, int(pixels.max()) + 1)
                 if ((pixels + rate - 1) // rate).sum() + CLASSES + 1 == listed)
