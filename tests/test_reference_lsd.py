@@ -124,9 +124,9 @@ def iteration_cases() -> list:
 
 def iterate(net, gen, dis, x_s, y_s, x_t, apply_gradients, order: str) -> dict[str, torch.Tensor]:
     """One iteration of the script with the release's weights; the losses. apply_gradients(module) is its step."""
+    nets = script.Networks(net, gen, dis, Run(torch.device("cpu"), 0, 1, "off"))
     objective = script.Objective(ARGS.l1_weight, ARGS.adv_weight, ARGS.c_weight, "sum", IGNORE)
-    return script.update(net, gen, dis, x_s, y_s, x_t, objective, pixels="caffe", order=order, step=apply_gradients,
-                         run=Run(torch.device("cpu"), 0, 1, "off"))
+    return script.step(nets, x_s, y_s, x_t, objective, pixels="caffe", order=order, apply=apply_gradients)
 
 
 @pytest.mark.parametrize("case, name", iteration_cases())

@@ -8,10 +8,11 @@ import torch
 from conftest import cases, every, fill, load_reference, scaled
 
 import train_pixel_assoc as script
-from lib import checkpoint, ops, predict
+from lib import checkpoint, ops
 from lib.metrics import confusion_matrix
-from lib.models.deeplab import aggregated_probabilities, build
+from lib.models.deeplab import build
 from lib.optim import deeplab_sgd, set_poly_lr
+from lib.predict import aggregated_probabilities, predict
 from lib.runtime import Run
 
 INFO, DATA = load_reference("plca")
@@ -59,13 +60,11 @@ def labels(name: str) -> torch.Tensor:
     return torch.from_numpy(DATA[name]).long()
 
 
-@pytest.mark.parametrize("case, metric, spagg, variant", [*association_cases(CASE), *unknown_cases()])
-def test_association(case, metric, spagg, variant, backend):
+def compare_with_golden(loss_asso, case: str, metric: str, spagg: str, variant: str) -> None:
     x1, x2 = inputs(metric, variant)
     gt = labels(f"asso_gt1{variant}" if f"asso_gt1{variant}" in DATA else "asso_gt1")
-    alpha = alpha_of(case) if int(spagg) else 0.0
     expected = ASSOCIATION["cases"][case]
-    got = ops.cycle_association_loss(x1, x2, gt, metric=metric, alpha=alpha, ignore_index=IGNORE)
+    got = loss_asso(x1, x2, gt, metric=metric, alpha=alpha_of(case) if int(spagg) else 0.0, ignore_index=IGNORE)
     assert got.loss.item() == pytest.approx(expected["association"], rel=1e-9)
     assert np.array_equal(got.forward.numpy(), DATA[f"asso_{case}_forward_index"])
     assert np.array_equal(got.back.numpy(), DATA[f"asso_{case}_backward_index"])
@@ -76,17 +75,55 @@ def test_association(case, metric, spagg, variant, backend):
     got.loss.backward()
     close(x1.grad, DATA[f"asso_{case}_grad_x1"])
     close(x2.grad, DATA[f"asso_{case}_grad_x2"])
+
+
+KNOWN = pytest.mark.parametrize("case, metric, spagg, variant", association_cases(CASE))
+
+
+@pytest.mark.parametrize("case, metric, spagg, variant", [*association_cases(CASE), *unknown_cases()])
+def test_association(backend, case, metric, spagg, variant):
+    compare_with_golden(ops.cycle_association_loss, case, metric, spagg, variant)
     if f"asso_{case}_mixed_x2" in DATA:
-        mixed = ops.spatial_aggregate(x2.detach(), metric, alpha)
+        mixed = ops.spatial_aggregate(inputs(metric, variant)[1].detach(), metric, alpha_of(case))
         np.testing.assert_allclose(mixed.numpy(), DATA[f"asso_{case}_mixed_x2"], rtol=1e-9, atol=1e-12)
 
 
+@KNOWN
+def test_association_as_the_script_writes_it(case, metric, spagg, variant):
+    compare_with_golden(script.association, case, metric, spagg, variant)
+
+
+@KNOWN
+def test_equations_of_the_association(case, metric, spagg, variant):
+    """(1) to (4) on the first pair, as far as the files hold their values."""
+    a, v = (x.detach()[0].flatten(1).T for x in inputs(metric, variant))
+    if int(spagg):
+        mixed = script.aggregate(v, alpha_of(case), metric)
+        if f"asso_{case}_mixed_x2" in DATA:
+            close(mixed.T, DATA[f"asso_{case}_mixed_x2"][0].reshape(mixed.T.shape))
+        if f"asso_{case}_agg_matrix_sample0" in DATA:
+            attention = torch.from_numpy(DATA[f"asso_{case}_agg_matrix_sample0"])
+            close(mixed, ((1 - alpha_of(case)) * v + alpha_of(case) * attention @ v).numpy())
+        v = mixed
+    raw = {"12": script.similarity(a, v, metric), "21": script.similarity(v, a, metric)}
+    score = {way: script.contrast(s).softmax(1) for way, s in raw.items()}
+    for way in raw:
+        for kind, ours in (("raw", raw[way]), ("score", score[way])):
+            if f"asso_{case}_{kind}_{way}_sample0" in DATA:
+                close(ours, DATA[f"asso_{case}_{kind}_{way}_sample0"])
+    j, back = score["12"].argmax(1), score["21"].argmax(1)
+    assert np.array_equal(back.numpy(), DATA[f"asso_{case}_reassociate_index"][0])
+    end = score["12"].gather(1, j[:, None])[:, 0] * score["21"][j].gather(1, back[j][:, None])[:, 0]
+    close(end, DATA[f"asso_{case}_similarity"][0].ravel())
+
+
+@pytest.mark.parametrize("loss_asso", [ops.cycle_association_loss, script.association], ids=["fused", "direct"])
 @pytest.mark.parametrize("case, metric, variant", association_cases(NOTHING))
-def test_nothing_consistent(case, metric, variant, backend):
+def test_nothing_consistent(case, metric, variant, loss_asso, backend):
     x1, x2 = inputs(metric, variant)
     gt = labels(f"asso_{case}_gt1")
     assert (gt != IGNORE).sum() == ASSOCIATION["cases"][case]["labelled_pixels_left"]
-    got = ops.cycle_association_loss(x1, x2, gt, metric=metric, alpha=alpha_of(case), ignore_index=IGNORE)
+    got = loss_asso(x1, x2, gt, metric=metric, alpha=alpha_of(case), ignore_index=IGNORE)
     got.loss.backward()
     assert got.loss.item() == ASSOCIATION["cases"][case]["association"] == 0 and got.kept.item() == 0
     assert not x1.grad.any() and not x2.grad.any()
@@ -182,7 +219,7 @@ def test_scores(weights, kind, backend, alpha_at_test):
         close(aggregated_probabilities(net, x, alpha_at_test) if aggregated else net(x), DATA[f"test_{kind}_scores"])
     confusion = np.zeros((classes, classes), np.int64)
     for image, truth, want in zip(x, gt, DATA[f"test_{kind}_prediction"], strict=True):
-        label = predict.predict(net, [image], truth.shape[::-1], CPU, align_corners=False,
+        label = predict(net, [image], truth.shape[::-1], CPU, align_corners=False,
                                 aggregate=alpha_at_test if aggregated else 0.0)
         assert np.array_equal(label.numpy(), want)
         confusion += confusion_matrix(truth, label.numpy(), classes, IGNORE)
@@ -208,7 +245,8 @@ def accumulate(net, x_s, y_s, x_t, settings) -> tuple[float, dict[str, torch.Ten
     return total.item(), values
 
 
-def test_training(weights, backend):
+def test_training(weights):
+    """With the kernels where they are compiled; that both implementations agree is asserted above."""
     training = INFO["training"]
     settings = training["settings"]
     net, batch = network(weights).train(), settings["batch"]
