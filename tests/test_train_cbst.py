@@ -254,6 +254,20 @@ def test_values_of_label_files(name, unlabelled):
     assert void == unlabelled and void not in ids and void in d.void and len(set(ids)) == len(d.classes)
 
 
+def test_probabilities_at_some_pixels_are_those_of_the_operators():
+    """What LRENT's training sees of an image, and what labelled it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 19, 9, 13, generator=generator)
+    prior = torch.rand(19, 40, 64, generator=generator)
+    expected = ops._probabilities(logits[0], logits[1], prior, (40, 64), True, False)
+    rows, cols = np.array([0, 7, 8, 39]), np.arange(64)[::-3]
+    ours = script.probabilities_at(logits, (40, 64), rows, cols, prior)
+    torch.testing.assert_close(ours, expected[:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
+    once = script.probabilities_at(logits[:1], (40, 64), rows, cols)
+    torch.testing.assert_close(once, ops._probabilities(logits[0], None, None, (40, 64), True, False)
+                               [:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
+
+
 def test_script_and_lib_alone_in_an_empty_folder(place, folder):
     execute_alone(SCRIPT, folder, *rounds(place, Path("out"), "--num-rounds", "2", "--learning-rate", "1e-6",
                                           start="start.pth"))
@@ -532,6 +546,15 @@ def test_a_subset_is_drawn_and_listed(place, folder, in_process):
     listed = ["--data-list-target", str(folder / "a/subset.txt"), "--seed", "7", "--num-rounds", "2"]
     assert script.main(rounds(place, folder / "b", *listed)) == 0
     assert report(folder / "a", 0) == report(folder / "b", 0)
+
+
+def test_defaults_are_those_of_the_release():
+    released = dict(
+        mine_port=1e-3, rare_cls_num=3, mine_chance=0.8, ds_rate=4, init_tgt_port=0.2, max_tgt_port=0.5,
+        tgt_port_step=0.05, init_src_port=0.03, max_src_port=0.06, src_port_step=0.0025, num_rounds=4, epr=2,
+        learning_rate=5e-5, power=0.0, momentum=0.9, weight_decay=5e-4, batch_size=2, random_seed=3)
+    args = vars(script.parse_args(["--restore-from", "x"]))
+    assert {name: args[name] for name in released} == released
 
 
 @pytest.mark.parametrize("flags", [["--num-rounds", "0"], ["--init-tgt-port", "1.2"], ["--mine-chance", "-1"],

@@ -227,12 +227,12 @@ def test_mean_and_sum_differ_by_the_counts():
             assert loss(*arguments, o_sum).item() == pytest.approx(count * loss(*arguments, o_mean).item(), rel=1e-12)
 
 
-def test_a_sum_is_divided_by_the_batch():
-    """Twice the same pair is the same problem."""
+def test_losses_are_divided_by_the_batch():
+    """Twice the same pair is the same problem, but for L1 with sums: a mean, which the release divides once more."""
     modules, *batch = tiny()
-    for reduction in ("sum", "mean"):
-        o = script.Objective(1.0, 0.1, 0.1, reduction)
-        once, twice = gradients(modules, *batch, o), gradients(modules, *(torch.cat([b, b]) for b in batch), o)
+    for reduction, l1 in (("sum", 2.0), ("mean", 1.0)):
+        once = gradients(modules, *batch, script.Objective(1.0, 0.1, 0.1, reduction))
+        twice = gradients(modules, *(torch.cat([b, b]) for b in batch), script.Objective(l1, 0.1, 0.1, reduction))
         assert once[0] == pytest.approx(twice[0], rel=1e-12)
         for key, grad in once[1].items():
             torch.testing.assert_close(twice[1][key], grad, rtol=1e-8, atol=1e-12)
