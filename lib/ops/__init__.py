@@ -1,4 +1,4 @@
-"""Custom operators: cycle association and class-balanced pseudo-labels, compiled where csrc/ builds, PyTorch elsewhere.
+"""Custom operators: cycle association, class-balanced pseudo-labels, retrieval; compiled where csrc/ builds.
 
 Every function runs the compiled kernel where there is one for the tensor's device and its PyTorch reference (also the
 tests' oracle) elsewhere, with the same results. csrc/ is compiled on first use, cached by content, optional:
@@ -20,7 +20,9 @@ from lib.ops.pseudo_label import (
     select_threshold,
     upsample_argmax,
 )
+from lib.ops.retrieval import Lists, Ranks, distances, pair_distances, rank_counts, row_rank_counts, topk_pairs
 
-__all__ = ["CycleAssociation", "Thresholds", "backend", "confidence_histogram_", "cycle_association_loss",
-           "mutual_argmax", "new_histogram", "predicted_pixels", "pseudo_label", "refine_histogram_",
-           "select_threshold", "spatial_aggregate", "upsample_argmax", "use"]
+__all__ = ["CycleAssociation", "Lists", "Ranks", "Thresholds", "backend", "confidence_histogram_",
+           "cycle_association_loss", "distances", "mutual_argmax", "new_histogram", "pair_distances",
+           "predicted_pixels", "pseudo_label", "rank_counts", "refine_histogram_", "row_rank_counts",
+           "select_threshold", "spatial_aggregate", "topk_pairs", "upsample_argmax", "use"]

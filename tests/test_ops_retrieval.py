@@ -1,0 +1,157 @@
+"""Ranks and nearest lists: exact whatever the tiles, threads and ties, against all distances in the documented order."""
+import numpy as np
+import pytest
+import torch
+
+from lib import ops
+from lib.ops import retrieval
+from lib.ops.build import kernels
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+SIZES = [(1, 1, 1), (15, 90, 3), (40, 1300, 33), (530, 700, 300), (7, 600, 2048)]
+KINDS = ["random", "clustered", "duplicates", "ties", "ranges", "tiny"]
+
+
+def vectors(kind: str, n: int, c: int, seed: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c, generator=g, dtype=dtype)
+    centres = torch.randn(7, c, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    if kind == "clustered":  # far more near-ties than float32 can tell apart
+        x = centres[torch.randint(7, (n,), generator=g)] + 1e-4 * x
+    elif kind == "duplicates":
+        x = torch.cat([centres, x[: n // 3 + 1]])[torch.randint(7 + n // 3 + 1, (n,), generator=g)]
+    elif kind == "ties":  # distances of small integers tie exactly, between different vectors too
+        x = torch.randint(-1, 2, (n, c), generator=g).to(dtype)
+    elif kind == "ranges":  # products leave the range of float32
+        x *= 10.0 ** torch.randint(-18, 19, (n, 1), generator=g).to(dtype)
+    elif kind == "tiny":  # every distance is at the floor
+        x *= 1e-25
+    return x.to(device)
+
+
+def all_distances(x, y):
+    i, j = torch.arange(len(x)).repeat_interleave(len(y)), torch.arange(len(y)).repeat(len(x))
+    return retrieval._pair_distances.reference(x.cpu(), y.cpu(), i, j).view(len(x), len(y))
+
+
+def some_lists(queries: int, items: int):
+    """Up to about twenty items a query in each of two disjoint lists; some lists are empty."""
+    rng = np.random.default_rng(0)
+    which = rng.integers(0, 3, (queries, items)) * (rng.random((queries, items)) < min(1, 40 / items))
+    return [ops.Lists.from_pairs(*np.nonzero(which == n), queries) for n in (1, 2)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact(backend, kind, device):
+    for dtype in (torch.float32, torch.float64):
+        for n1, n2, c in SIZES:
+            x, y = vectors(kind, n1, c, 1, dtype, device), vectors(kind, n2, c, 2, dtype, device)
+            listed, left_out = some_lists(n1, n2)
+            d = all_distances(x, y)
+            for got, want in zip(ops.rank_counts(x, y, listed, left_out),
+                                 ops.row_rank_counts(d, listed, left_out), strict=True):
+                assert torch.equal(got.cpu(), want), (dtype, n1, n2, c)
+
+            k, row = min(5, n2) + 1, torch.arange(n1).repeat_interleave(left_out.start.diff())
+            index, distance, farthest = (t.cpu() for t in ops.topk_pairs(x, y, k, left_out))
+            d[row, left_out.item] = torch.inf
+            ordered = torch.sort(d, dim=1, stable=True)
+            assert torch.equal(distance[:, :n2], ordered.values[:, :k])
+            assert torch.equal(index[:, :n2], torch.where(distance[:, :n2] < torch.inf, ordered.indices[:, :k], -1))
+            assert (distance[:, n2:] == torch.inf).all() and (index[:, n2:] == -1).all()
+            d[row, left_out.item] = -torch.inf
+            assert torch.equal(farthest, d.amax(1))
+
+
+def test_all_alike(backend):
+    """A collapsed network: every image the same point."""
+    x = torch.ones(3, 64)
+    y = torch.ones(1100, 64)
+    listed = ops.Lists.from_pairs(np.array([0, 0, 2]), np.array([0, 1099, 7]), 3)
+    nearer, equal, earlier = ops.rank_counts(x, y, listed)
+    assert nearer.tolist() == [0, 0, 0] and equal.tolist() == [1100] * 3 and earlier.tolist() == [0, 1099, 7]
+    index, distance, farthest = ops.topk_pairs(x, y, 3)
+    assert index.tolist() == [[0, 1, 2]] * 3
+    assert (distance == 1e-8).all() and (farthest == 1e-8).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicates", "ties"])
+def test_threads_do_not_matter(compiled, kind):
+    x, y = vectors(kind, 600, 300, 1), vectors(kind, 1500, 300, 2)
+    listed, left_out = some_lists(600, 1500)
+    ops.use("reference")
+    expected = [*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x, y, 21)]
+    ops.use("compiled")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for got, want in zip([*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x, y, 21)], expected,
+                                 strict=True):
+                assert torch.equal(got, want)
+    finally:
+        torch.set_num_threads(before)
+        ops.use("auto")
+
+
+def test_the_same_from_strided_half_and_one_tensor(backend):
+    x = vectors("random", 70, 40, 1)
+    want = ops.topk_pairs(x, x.clone(), 4)
+    for got in (ops.topk_pairs(x, x, 4), ops.topk_pairs(x.t().contiguous().t(), x, 4)):
+        assert all(map(torch.equal, got, want))
+    assert want[0][:, 0].tolist() == list(range(70))  # itself
+    half = x.half()
+    assert torch.equal(ops.topk_pairs(half, half, 4)[1], ops.topk_pairs(half.float(), half.float(), 4)[1])
+    i, j = torch.tensor([0, 69, 3]), torch.tensor([69, 0, 3])
+    got = ops.pair_distances(x, x, i, j)
+    assert torch.equal(got, all_distances(x, x)[i, j]) and got[2] == 1e-8
+
+
+def test_distances_do_not_depend_on_the_slices(monkeypatch):
+    x, y = vectors("random", 50, 40, 1), vectors("random", 90, 40, 2)
+    want = all_distances(x, y)
+    torch.testing.assert_close(ops.distances(x, y), want, rtol=1e-13, atol=1e-12)
+    monkeypatch.setattr(retrieval, "_slices", lambda n, *_: [slice(i, min(i + 7, n)) for i in range(0, n, 7)])
+    torch.testing.assert_close(ops.distances(x, y), want, rtol=1e-13, atol=1e-12)
+
+
+def test_memory_does_not_grow_with_the_matrix(compiled):
+    """20,000 x 20,000 distances are 1.6 GB in float32; the peak of the process may rise by far less."""
+    import resource
+
+    x = vectors("random", 20000, 4, 1)
+    listed = ops.Lists.from_pairs(np.arange(20000), np.arange(20000)[::-1].copy(), 20000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ops.rank_counts(x, x, listed)
+    ops.topk_pairs(x, x, 2)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KB
+
+
+def test_bad_input(backend):
+    x, y = vectors("random", 4, 5, 1), vectors("random", 6, 5, 2)
+    lists = ops.Lists.from_pairs(np.array([0, 3]), np.array([5, 0]), 4)
+    spoilt = y.clone()
+    spoilt[3, 2] = torch.nan
+    for call, message in (
+            (lambda: ops.rank_counts(x, spoilt, lists), "NaN or infinite"),
+            (lambda: ops.topk_pairs(spoilt, x, 2), "NaN or infinite"),
+            (lambda: ops.rank_counts(x, y[:, :4], lists), r"\[N1, C\]"),
+            (lambda: ops.rank_counts(x.double(), y, lists), "one floating dtype"),
+            (lambda: ops.rank_counts(x.long(), y.long(), lists), "one floating dtype"),
+            (lambda: ops.rank_counts(x, y[:5], lists), "items leave 0 .. 4"),
+            (lambda: ops.rank_counts(x[:3], y, lists), "start must hold 4"),
+            (lambda: ops.rank_counts(x, y, ops.Lists(lists.start.flip(0), lists.item)), "rise from 0 to 2"),
+            (lambda: ops.topk_pairs(x, y, 0), "k must be at least 1"),
+            (lambda: ops.pair_distances(x, y, torch.tensor([0]), torch.tensor([6])), "j leaves 0 .. 5")):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("name", ["rank_counts", "topk_pairs", "pair_distances"])
+def test_opcheck(compiled, name):
+    x, y = vectors("random", 20, 8, 1), vectors("random", 30, 8, 2)
+    lists = [t for pair in some_lists(20, 30) for t in pair]
+    arguments = {"rank_counts": (x, y, *lists), "topk_pairs": (x, y, 3, *lists[2:]),
+                 "pair_distances": (x, y, torch.tensor([0, 19]), torch.tensor([29, 0]))}[name]
+    torch.library.opcheck(getattr(kernels(), name), arguments)
