@@ -96,6 +96,14 @@ def open_persons(data_dir: str | Path, name: str, parts: Iterable[str] = tuple(F
     return PersonSet(name, root, **read, identities=list(labels), junk=junk)
 
 
+def parts_of(data_dir: str | Path, name: str) -> list[str]:
+    """The parts that a data set has; one without query or gallery can be trained on, and not scored."""
+    root = _root(Path(data_dir), name)
+    if _msmt_lists(root):
+        return list(FOLDERS)
+    return [part for part, folder in FOLDERS.items() if (root / folder).is_dir()]
+
+
 def _root(data_dir: Path, name: str) -> Path:
     tried = [data_dir / n for n in (name, *ALIASES.get(name, ()))]
     for root in tried:
