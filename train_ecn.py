@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,7 +50,6 @@ from lib.datasets.persons import (
 )
 from lib.datasets.transforms import PIXELS
 from lib.demo.persons import render_persons
-from lib.errors import UserError
 from lib.models.reid import ARCHITECTURES, EARLY, IDNet, SPGANNet, freeze, from_weights, set_train_mode
 from lib.predict_reid import PersonValidation
 from lib.runtime import as_float32
@@ -235,10 +235,12 @@ def make_optimizer(net: IDNet | SPGANNet, lr: float, lr_trunk: float, momentum: 
     for name, p in net.named_parameters():
         if p.requires_grad:
             (trunk if name.split(".")[0] in ("base", "model") and not name.startswith("model.fc.") else new).append(p)
-    groups = [{"params": trunk, "base_lr": lr_trunk}, {"params": new, "base_lr": lr}]
+    groups = [{"params": trunk, "lr": lr_trunk}, {"params": new, "lr": lr}]
     if preset == "spgan-caffe":  # the multipliers of its prototxt
-        groups[1:] = [{"params": new[:1], "base_lr": lr, "weight_decay": 2 * weight_decay},
-                      {"params": new[1:], "base_lr": 2 * lr, "weight_decay": 0.0}]
+        groups[1:] = [{"params": new[:1], "lr": lr, "weight_decay": 2 * weight_decay},
+                      {"params": new[1:], "lr": 2 * lr, "weight_decay": 0.0}]
+    for group in groups:
+        group["base_lr"] = group["lr"]
     return torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=preset != "spgan-caffe")
 
 
@@ -279,6 +281,11 @@ def initialise(net: IDNet | SPGANNet, weights: dict[str, Tensor] | None, source:
         root = "base" if isinstance(net, IDNet) else "model"
         weights = {f"{root}.{key}": value for key, value in weights.items()}
     return checkpoint.initialise(net, weights, heads=True, source=source)
+
+
+def validation_of(args: argparse.Namespace, target: PersonSet, pixels: str, run: runtime.Run) -> PersonValidation:
+    return PersonValidation(target, TestTransform((args.height, args.width), pixels), run, bn_stats=args.bn_stats,
+                            workers=args.num_workers, output=args.output_feature, mirrored=args.mirrored, lmp=args.lmp)
 
 
 def save_checkpoint(path: Path, modules: dict[str, nn.Module], meta: dict[str, object], epoch: int) -> None:
@@ -335,11 +342,7 @@ def train(args: argparse.Namespace) -> Session:
         return {"script": "train_ecn.py", "iteration": iteration, "method": args.method, "pixels": pixels,
                 "size": list(size), "source": args.source, "target": args.target}
 
-    validation = None
-    if target.query and target.gallery:
-        validation = PersonValidation(target, TestTransform(size, pixels), run, bn_stats=args.bn_stats,
-                                      workers=args.num_workers, output=args.output_feature, mirrored=args.mirrored,
-                                      lmp=args.lmp)
+    validation = validation_of(args, target, pixels, run) if target.query and target.gallery else None
     with Session(run, args, folder, modules, [optimizer], scaler=scaler, meta=meta_of, validation=validation,
                  free={"epochs", "num_steps", *SCORING}) as session:
         session.header({
@@ -384,3 +387,65 @@ def train(args: argparse.Namespace) -> Session:
             if run.is_main and ((i + 1) % args.save_pred_every == 0 or i + 1 == num_steps):
                 save_checkpoint(folder / "checkpoint.pth.tar", modules, meta_of(i + 1), (i + 1) // epoch_steps)
     return session
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Score a checkpoint of this script or of the release on the target."""
+    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
+                        deterministic=args.deterministic)
+    ops.use(args.ops)
+    path = args.resume or f"{args.snapshot_dir}/checkpoint.pth.tar"
+    weights, meta = checkpoint.read_weights(path)
+    net = run.place_net(from_weights(weights, path))
+    target = open_persons(args.data_dir, args.target, msmt_val=args.msmt_val)
+    check(target)
+    validation = validation_of(args, target, args.pixels or meta.get("pixels", "imagenet"), run)
+    validation.score(net)
+    validation.report()
+    return 0
+
+
+# of --demo: what is changed from the defaults, run by run. All but the first start from the first one's weights, which
+# stand in for ImageNet's.
+DEMO_RUNS = {
+    "source only": {"method": "ide", "bn": "train"},
+    "source only, trained on": {"method": "ide", "bn": "train"},
+    "CamStyle": {"method": "camstyle", "bn": "train", "camstyle": 11},
+    "ECN: exemplar": {"method": "ecn", "no_camstyle": True, "knn": 0},
+    "ECN: + camera": {"method": "ecn", "knn": 0},
+    "ECN: + neighbourhood": {"method": "ecn"},
+}
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Train every method on the rendered pair, print their scores side by side, draw rank panels."""
+    rows, first = {}, None
+    for name, changes in DEMO_RUNS.items():
+        print(f"--- {name}")
+        folder = Path(args.snapshot_dir) / re.sub(r"\W+", "_", name)
+        session = train(argparse.Namespace(**{**vars(args), **changes, "snapshot_dir": str(folder),
+                                              "restore_from": first or "none"}))
+        if session.exit_code:
+            return session.exit_code
+        rows[name] = session.validation.scores
+        if first is None:
+            first = str(folder / "checkpoint.pth.tar")
+            session.validation.bn_stats = "target"
+            rows["source only, target BN"] = session.validation.score(session.net)
+    width = max(map(len, rows))
+    print(f"{'':{width}}     R1     R5    R10    mAP")
+    for name, row in rows.items():
+        print(f"{name:{width}} " + " ".join(f"{row[key]:6.1f}" for key in ("R1", "R5", "R10", "mAP")))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.demo:
+        render_persons(args.data_dir, args.random_seed)
+        return demo(args)
+    return evaluate(args) if args.evaluate else train(args).exit_code
+
+
+if __name__ == "__main__":
+    runtime.cli(main)
