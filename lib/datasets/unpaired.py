@@ -4,6 +4,7 @@ They come from a folder with trainA, trainB, testA and testB, from folders with 
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +120,13 @@ Transform = Callable[[Image.Image, "np.ndarray | None", np.random.Generator], tu
 class Pictures(Dataset):
     """Pictures, and labels where ``labelled`` (whose images they are) has them; items as those of ImageFolder."""
 
-    def __init__(self, name: str, images: Sequence[Path], transform: Transform, seed: int,
-                 labelled: ImageFolder | None = None):
-        self.name, self.images, self.transform, self.seed = name, list(images), transform, seed
-        self.labelled = labelled
+    def __init__(self, images: Sequence[Path], transform: Transform, seed: int, labelled: ImageFolder | None = None):
+        self.images, self.transform, self.seed, self.labelled = list(images), transform, seed, labelled
+
+    @property
+    def name(self) -> str:
+        """The folder that all pictures are in or below."""
+        return os.path.commonpath([path.parent for path in self.images])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -229,15 +233,15 @@ def find_domains(*, dataroot: str | None, folders: Mapping[str, str | None], lis
     return {key: list_folder(folder, lists.get(key)) for key, folder in folders.items() if folder}
 
 
-def open_domains(found: Mapping[str, list[Path]], names: tuple[str, str], transform_a: Transform, transform_b: Transform,
-                 seed: int, labelled: ImageFolder | None = None, fully: bool = False) -> Domains:
+def open_domains(found: Mapping[str, list[Path]], transform_a: Transform, transform_b: Transform, seed: int,
+                 labelled: ImageFolder | None = None, fully: bool = False) -> Domains:
     """The data of a run, checked (``fully``: every file).
 
     found: lists "train_a", "train_b" and optionally "test_a", "test_b" (else training pictures are shown). labelled:
     the labels of train_a. Raises UserError.
     """
-    domains = Domains(Pictures(names[0], found["train_a"], transform_a, seed, labelled),
-                      Pictures(names[1], found["train_b"], transform_b, seed + 1),
+    domains = Domains(Pictures(found["train_a"], transform_a, seed, labelled),
+                      Pictures(found["train_b"], transform_b, seed + 1),
                       found.get("test_a") or found["train_a"], found.get("test_b") or found["train_b"])
     domains.check(fully)
     return domains
