@@ -237,7 +237,7 @@ def test_training(trainer, variant, vgg):
     h, golden = info["hyperparameters"], info["variants"][variant]
     known = {**h, **golden["weights"]}
     w = script.Weights(**{k: known[k] for k in script.Weights._fields if k in known})
-    gan_type = h["dis"]["gan_type"]
+    gan_type, judges = h["dis"]["gan_type"], script.Judges(vgg if w.vgg_w > 0 else None)
     gen, dis = (script.Pair(*(make(trainer, d) for d in "ab")) for make in (generator, discriminator))
     named = {"G": {f"gen_{d}.{k}": p for d, net in zip("ab", gen, strict=True) for k, p in net.named_parameters()},
              "D": {f"dis_{d}.{k}": p for d, net in zip("ab", dis, strict=True) for k, p in net.named_parameters()}}
@@ -248,7 +248,7 @@ def test_training(trainer, variant, vgg):
     c = script.Pair(gen.a.encode(x.a), gen.b.encode(x.b))
     with torch.no_grad():
         script.METHODS[trainer][0](gen, c, draw)  # D's draws come first
-    total, terms = script.loss_gen(trainer, gen, dis, x, c, draw, w, gan_type, vgg)
+    total, terms = script.loss_gen(trainer, gen, dis, x, c, draw, w, gan_type, judges)
     assert total.item() == pytest.approx(golden["first_G_loss_before_any_step"], rel=1e-9)
     for name, expected in golden["first_G_gradient_norm_per_weighted_term_before_any_step"].items():
         mine = [loss for term, loss in terms.items()
@@ -263,18 +263,16 @@ def test_training(trainer, variant, vgg):
     optimizers = {part: torch.optim.Adam(params.values(), h["lr"], (h["beta1"], h["beta2"]),
                                          weight_decay=h["weight_decay"]) for part, params in named.items()}
 
-    def update(part):
-        def apply(loss):
-            optimizers[part].zero_grad()
-            loss.backward()
-            if iteration == 0:
-                for key, expected in golden[f"first_gradients_{part}"].items():
-                    assert_checksum(named[part][key].grad, expected, what=key)
-                grads = [p.grad for p in named[part].values()]
-                assert torch.nn.utils.get_total_norm(grads).item() == \
-                    pytest.approx(golden[f"gradient_norm_{part}"], rel=1e-9)
-            optimizers[part].step()
-        return apply
+    def update(part, loss):
+        letter = part[0].upper()
+        optimizers[letter].zero_grad()
+        loss.backward()
+        if iteration == 0:
+            for key, expected in golden[f"first_gradients_{letter}"].items():
+                assert_checksum(named[letter][key].grad, expected, what=key)
+            grads = [p.grad for p in named[letter].values()]
+            assert nn.utils.get_total_norm(grads).item() == pytest.approx(golden[f"gradient_norm_{letter}"], rel=1e-9)
+        optimizers[letter].step()
 
     for iteration, expected in enumerate(golden["iterations"]):
         lr = script.rate(h["lr"], iteration, h["step_size"], h["gamma"])
@@ -283,7 +281,7 @@ def test_training(trainer, variant, vgg):
             optimizer.param_groups[0]["lr"] = lr
         draw = draws(trainer, iteration)
         losses = script.step(trainer, gen, dis, script.Pair(images("a", iteration), images("b", iteration)), draw, w,
-                             gan_type=gan_type, run=RUN, update_d=update("D"), update_g=update("G"), vgg=vgg)
+                             gan_type=gan_type, run=RUN, update=update, judges=judges)
         assert next(draw.left, None) is None  # as many as the release drew
         assert losses.keys() <= {f"loss_{name}" for name in expected["losses"]}
         for name, value in expected["losses"].items():  # those without weight are 0 there, and not computed here
