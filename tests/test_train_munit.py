@@ -291,7 +291,8 @@ def test_config(config):
 @pytest.mark.parametrize("line, complaint", [
     ("spectral: true", "1 key not known here: spectral"), ("dis: {norm: sn}", "argument --dis-norm"),
     ("gen: {depth: 3}", "gen.depth"), ("lr: fast", "argument --lr"),
-    ("input_dim_a: 1", "input_dim_a: 1 (it must be 3)"), ("recon_h_w: 1", "recon_h_w: 1 (it must be 0)"), ("- 3", "KEY: VALUE"), ("a: [", "cannot be read"),
+    ("input_dim_a: 1", "input_dim_a: 1 (it must be 3)"), ("recon_h_w: 1", "recon_h_w: 1 (it must be 0)"),
+    ("- 3", "KEY: VALUE"), ("a: [", "cannot be read"),
     ("trainer: UNIT", "1 key not known here: trainer")])
 def test_bad_config(line, complaint, tmp_path, capsys):
     path = tmp_path / "bad.yaml"
