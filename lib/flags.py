@@ -108,6 +108,31 @@ def add_data(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Two sets of unpaired pictures, for image translation (lib.datasets.unpaired.find_domains)."""
+    group = p.add_argument_group("data: one of --data-root, --data-folder-*, --source with --target")
+    group.add_argument("--data-root", "--data_root", "--dataroot", metavar="FOLDER",
+                       help="holds trainA, trainB and, for pictures to show, testA, testB")
+    for part in ("train", "test"):
+        for domain in "ab":
+            for what in ("folder", "list"):
+                group.add_argument(f"--data-{what}-{part}-{domain}", f"--data_{what}_{part}_{domain}",
+                                   metavar="FOLDER" if what == "folder" else "FILE",
+                                   help=f"pictures of domain {domain.upper()}" if what == "folder" else
+                                   "which of that folder, one a line")
+    group.add_argument("--source", help="domain A as a description in lib/datasets, or a .json file")
+    group.add_argument("--target", help="domain B, likewise")
+    for domain, option in (("source", ""), ("target", "-target")):
+        group.add_argument(f"--data-dir{option}", help=f"folder of the {domain} (default: the description's)")
+        group.add_argument(f"--data-list{option}", help=f"file with one image of the {domain} a line")
+    group.add_argument("--source-set", help="set of the source (default: the description's)")
+    group.add_argument("--set", help="set of the target (default: the description's)")
+    group.add_argument("--num-workers", type=natural, default=min(4, os.cpu_count() or 1),
+                       help="loader processes of each domain")
+    group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
+    return group
+
+
 def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = p.add_argument_group("optimisation")
     group.add_argument("--batch-size", type=count, default=1, help="pairs a process and backward pass")
