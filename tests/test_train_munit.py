@@ -20,6 +20,7 @@ from lib.models.translation import (
     MunitGenerator,
     UnitGenerator,
     build_generator,
+    enlarged_conv,
     load_vgg16,
     read_pair,
 )
@@ -188,6 +189,20 @@ def test_checkpointed_decoder_gives_the_same_gradients():
         assert len(calls) == 1 + checkpointed
         grads.append([p.grad for p in net.parameters() if p.grad is not None])
     assert same(*grads)
+
+
+@pytest.mark.parametrize("pad", ["reflect", "replicate", "zeros"])
+@pytest.mark.parametrize("size", [(2, 2), (2, 3), (7, 6)])
+def test_enlarged_convolution(pad, size):
+    """Equal to the convolution of the enlarged picture, with its gradients."""
+    conv = nn.Conv2d(3, 4, 5, padding=2, padding_mode=pad).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    ours, theirs = enlarged_conv(x, conv), conv(nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(ours)
+    for mine, expected in zip(*(torch.autograd.grad(out, [x, *conv.parameters()], g) for out in (ours, theirs)),
+                              strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
 
 
 # --- uniform crops ----------------------------------------------------------------------------------------------------
