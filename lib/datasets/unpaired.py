@@ -102,6 +102,48 @@ class FlipResizeCrop:
         return to_symmetric(image.crop(box)), cut_label(label, size, box, mirrored, self.ignore)
 
 
+PREPROCESS = ("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """CycleGAN's and SPGAN's: resize (bicubic), random crop, mirror (p = 0.5). Called as FlipResizeCrop is.
+
+    how: of PREPROCESS; load: (width, height) to resize to, of which scale_width uses the width; crop: (width, height).
+    Where nothing is cropped the sides become multiples of 4, which the generator gives back unchanged.
+    """
+
+    how: str
+    load: tuple[int, int]
+    crop: tuple[int, int]
+    mirror: bool = True
+    ignore: int = 255
+
+    def working_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) before the crop."""
+        if self.how == "resize_and_crop":
+            return self.load
+        factor = self.load[0] / size[0] if "scale_width" in self.how else 1.0
+        if self.how.endswith("crop"):
+            return round(size[0] * factor), round(size[1] * factor)
+        return tuple(max(4, 4 * round(n * factor / 4)) for n in size)
+
+    def whole(self, image: Image.Image) -> Tensor:
+        """float32 [3, h, w]: what a trained generator is shown, at the scale of training and without a crop."""
+        size = self.crop if self.how == "resize_and_crop" else self.working_size(image.size)
+        x = to_symmetric(image.resize(size, Image.Resampling.BICUBIC))
+        return x[:, :size[1] // 4 * 4, :size[0] // 4 * 4]
+
+    def __call__(self, image: Image.Image, label: np.ndarray | None,
+                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        size = self.working_size(image.size)
+        image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+        box = draw_crop(image, self.crop, rng) if self.how.endswith("crop") else (0, 0, *size)
+        x, mirrored = to_symmetric(image.crop(box)), self.mirror and rng.random() < 0.5
+        y = cut_label(label, size, box, False, self.ignore)
+        return (x.flip(2), y.flip(1)) if mirrored else (x, y)
+
+
 def cut_label(label: np.ndarray | None, size: tuple[int, int], box: tuple[int, int, int, int], mirrored: bool,
               ignore: int) -> Tensor:
     """int64 [h, w]: a label, mirrored, resized to ``size`` (nearest) and cut to ``box``, as its image was."""

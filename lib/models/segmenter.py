@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib import checkpoint
 from lib.datasets.transforms import PIXELS
 from lib.errors import UserError
 from lib.models.deeplab import build, logits_of, upsample
 from lib.models.fcn8s import FCN8s
+from lib.runtime import as_float32
 
 
 class FrozenSegmenter(nn.Module):
@@ -57,3 +59,12 @@ def load_segmenter(path: str | Path) -> FrozenSegmenter:
     if report.missing or report.mismatched:
         raise UserError(f"{path} does not fill its network: {report}")
     return FrozenSegmenter(net, known["pixels"], tuple(known["classes"]), known["task"], known["align_corners"])
+
+
+def loss_semantic(segmenter: nn.Module, fake: Tensor, x: Tensor, y: Tensor | None = None, ignore: int = 255) -> Tensor:
+    """CyCADA Eq. 6: cross-entropy of f(fake) with argmax f(x), or with the labels y int64 [N, H, W] of x."""
+    if y is None:
+        with torch.no_grad():
+            y = segmenter(x).argmax(1)
+    total = F.cross_entropy(as_float32(segmenter(fake)), y, ignore_index=ignore, reduction="sum")
+    return total / (y != ignore).sum().clamp(min=1)
