@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, runtime, visual
-from lib.datasets.description import load_description
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
+from lib.datasets.pictures import read_image
 from lib.datasets.unpaired import (
     FlipResizeCrop,
     find_domains,
     from_symmetric,
     open_domains,
-    read_picture,
     short_side_size,
     to_symmetric,
 )
@@ -449,7 +449,7 @@ class Panels:
             picture.save(path)
 
     def read(self, path: Path, short: int) -> Tensor:
-        image = read_picture(path)
+        image = read_image(path)
         image = image.resize(short_side_size(image.size, short))
         return to_symmetric(image)[None].to(self.run.device)
 
@@ -523,9 +523,8 @@ def train(args: argparse.Namespace) -> Session:
     segmenter = load_segmenter(args.segmenter) if args.segmenter else None
     labelled = None
     if args.labelled:
-        source = load_description(args.source)
-        labelled = ImageFolder(source, args.data_dir or source.root, args.source_set or source.sets["source"],
-                               segmenter.classes, None, task=load_description(segmenter.task), list_file=args.data_list)
+        source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+        labelled = ImageFolder(source, segmenter.classes, None, task=load_description(segmenter.task))
     crop = args.crop_image_width, args.crop_image_height
     data = open_domains(found, FlipResizeCrop(args.new_size_a, crop), FlipResizeCrop(args.new_size_b, crop),
                         args.random_seed, labelled, args.check_data)

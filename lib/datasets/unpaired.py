@@ -16,31 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.datasets.description import list_images, load_description
-from lib.datasets.folder import LISTED, ImageFolder, Sample
-from lib.errors import UserError
+from lib.datasets.description import Domain
+from lib.datasets.folder import ImageFolder, Sample
+from lib.datasets.pictures import find_pictures, read_image, spread
+from lib.errors import UserError, itemized
 
-PICTURES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
 UNIFORM = 1.0  # a crop whose grey values (0..255) deviate less from their mean than this is redrawn
 REDRAWS = 20   # of a crop, before it is taken as it is: the trainers' guard on the gradient norm is the second line
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """An RGB picture; grey ones and palettes are converted. Raises UserError for 16 bits a channel and transparency."""
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # broken files make Pillow raise many types
-        raise UserError(f"{path}: not a picture that can be read: {error}") from None
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise UserError(f"{path} has 16 or more bits a channel: convert it to 8 bits first, with the contrast you want")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            raise UserError(f"{path} has transparent pixels: lay it on a background first")
-    return image.convert("RGB")
 
 
 def to_symmetric(image: Image.Image) -> Tensor:
@@ -175,7 +157,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, draw = key if isinstance(key, tuple) else (key, key)
-        image = read_picture(self.images[index])
+        image = read_image(self.images[index])
         label = None if self.labelled is None else self.labelled.truth(index)
         try:
             x, y = self.transform(image, label, np.random.default_rng([self.seed, draw]))
@@ -192,17 +174,15 @@ class Domains(NamedTuple):
     test_a: list[Path]
     test_b: list[Path]
 
-    def check(self, fully: bool = False, most: int = 50) -> None:
-        """Read ``most`` pictures of each domain spread over it, or all. Raises UserError that lists the bad ones."""
+    def check(self, check_all: bool = False, sample: int = 50) -> None:
+        """Read ``sample`` pictures of each domain spread over it, or all. Raises UserError that lists the bad ones."""
         for pictures in self[:2]:
             if len(pictures) < 2:
                 raise UserError(f"{pictures.name} holds one picture: a domain needs at least two")
-            count = len(pictures) if fully else min(most, len(pictures))
-            problems = list(problems_of(pictures, np.linspace(0, len(pictures) - 1, count).astype(int).tolist()))
-            if problems:
-                more = [f"... and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
-                raise UserError("\n  ".join([f"{pictures.name} has {len(problems)} bad "
-                                             f"file{'s' * (len(problems) > 1)}:", *problems[:LISTED], *more]))
+            indices = spread(len(pictures), len(pictures) if check_all else sample)
+            if problems := list(problems_of(pictures, indices)):
+                files = "file" if len(problems) == 1 else "files"
+                raise UserError(f"{pictures.name} has {len(problems)} bad {files}:\n{itemized(problems)}")
         both = {p.resolve() for p in self.train_a.images} & {p.resolve() for p in self.train_b.images}
         if both:
             raise UserError(f"{len(both)} pictures are in both domains, {min(both)} among them: source and target must "
@@ -215,28 +195,6 @@ def problems_of(pictures: Pictures, indices: Iterable[int]) -> Iterable[str]:
             pictures[index]
         except UserError as error:
             yield str(error)
-
-
-def list_folder(folder: str | Path, list_file: str | Path | None = None) -> list[Path]:
-    """The pictures of a folder and those below it, sorted, or those that a list names, one a line. Raises UserError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of pictures")
-    if list_file is None:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-        if not found:
-            raise UserError(f"{folder}: no picture in it or below it")
-        return found
-    try:
-        lines = [line.strip() for line in Path(list_file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{list_file}: the list cannot be read: {error}") from None
-    found = [folder / line.removeprefix("./") for line in lines if line]
-    missing = [str(p) for p in found if not p.is_file()]
-    if missing or not found:
-        raise UserError(f"{list_file}: " + (f"{len(missing)} of {len(found)} pictures do not exist: "
-                                            f"{', '.join(missing[:3])}" if missing else "the list is empty"))
-    return found
 
 
 def find_domains(*, dataroot: str | None, folders: Mapping[str, str | None], lists: Mapping[str, str | None],
@@ -265,19 +223,18 @@ def find_domains(*, dataroot: str | None, folders: Mapping[str, str | None], lis
             raise UserError("--source and --target belong together")
         found = {}
         for key, part, (name, root, set_, list_file) in (("train_a", "source", source), ("train_b", "train", target)):
-            d = load_description(name)
-            found[key] = list_images(d, root or d.root, set_ or d.sets[part], list_file)
+            found[key] = Domain.open(name, root, set_, list_file, part).list_images()
         return found
     for key in ("train_a", "train_b"):
         if not folders.get(key):
             raise UserError(f"there is no folder of training pictures of domain {key[-1].upper()}: give "
                             f"--data-folder-{key.replace('_', '-')}")
-    return {key: list_folder(folder, lists.get(key)) for key, folder in folders.items() if folder}
+    return {key: find_pictures(folder, lists.get(key)) for key, folder in folders.items() if folder}
 
 
 def open_domains(found: Mapping[str, list[Path]], transform_a: Transform, transform_b: Transform, seed: int,
-                 labelled: ImageFolder | None = None, fully: bool = False) -> Domains:
-    """The data of a run, checked (``fully``: every file).
+                 labelled: ImageFolder | None = None, check_all: bool = False) -> Domains:
+    """The data of a run, checked (``check_all``: every file).
 
     found: lists "train_a", "train_b" and optionally "test_a", "test_b" (else training pictures are shown). labelled:
     the labels of train_a. Raises UserError.
@@ -285,5 +242,5 @@ def open_domains(found: Mapping[str, list[Path]], transform_a: Transform, transf
     domains = Domains(Pictures(found["train_a"], transform_a, seed, labelled),
                       Pictures(found["train_b"], transform_b, seed + 1),
                       found.get("test_a") or found["train_a"], found.get("test_b") or found["train_b"])
-    domains.check(fully)
+    domains.check(check_all)
     return domains
