@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, runtime, visual
-from lib.datasets.description import load_description
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
+from lib.datasets.pictures import read_image, spread
 from lib.datasets.unpaired import (
     PREPROCESS,
     Domains,
@@ -41,10 +42,8 @@ from lib.datasets.unpaired import (
     find_domains,
     from_symmetric,
     open_domains,
-    read_picture,
 )
 from lib.errors import UserError
-from lib.files import atomic_write
 from lib.models.cyclegan import (
     BLOCKS,
     MIN_SIDE,
@@ -385,8 +384,8 @@ class Panels:
 
     def __init__(self, nets: Networks, data: Domains, show: Preprocess, folder: Path, run: Run, max_pictures: int):
         self.nets, self.show, self.folder, self.run, self.iteration = nets, show, folder, run, None
-        self.images = [[paths[i] for i in np.linspace(0, len(paths) - 1, max_pictures).round().astype(int)]
-                       for paths in (data.test_a, data.test_b)]
+        count = min(max_pictures, len(data.test_a), len(data.test_b))
+        self.images = [[paths[i] for i in spread(len(paths), count)] for paths in (data.test_a, data.test_b)]
 
     def state_dict(self) -> dict[str, object]:
         return {"iteration": self.iteration}
@@ -398,7 +397,7 @@ class Panels:
     def __call__(self, net: nn.Module, iteration: int, meta: Mapping[str, object], log: object) -> None:
         self.iteration, rows = iteration, []
         for paths in zip(*self.images, strict=True) if self.run.is_main else ():
-            x_a, x_b = (self.run.place(self.show.whole(read_picture(path))[None]) for path in paths)
+            x_a, x_b = (self.run.place(self.show.whole(read_image(path))[None]) for path in paths)
             with self.run.autocast():
                 x_ab, x_ba = self.nets.g_ab(x_a), self.nets.g_ba(x_b)
                 cells = x_a, x_ab, self.nets.g_ba(x_ab), x_b, x_ba, self.nets.g_ab(x_ba)
@@ -406,8 +405,7 @@ class Panels:
         if rows:
             picture = visual.panel(rows, ["A", "A to B", "and back", "B", "B to A", "and back"],
                                    min(max(rows[0][0].width, 128), 320))
-            with atomic_write(self.folder / f"{iteration}.png") as path:
-                picture.save(path)
+            visual.save(picture, self.folder / f"{iteration}.png")
 
     def report(self) -> None:
         if self.images[0]:
@@ -447,9 +445,8 @@ def open_data(args: argparse.Namespace, segmenter: nn.Module | None) -> Domains:
         found = {f"{key[:-1]}{'b' if key[-1] == 'a' else 'a'}": paths for key, paths in found.items()}
     labelled = None
     if args.labelled:
-        source = load_description(args.source)
-        labelled = ImageFolder(source, args.data_dir or source.root, args.source_set or source.sets["source"],
-                               segmenter.classes, None, task=load_description(segmenter.task), list_file=args.data_list)
+        source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+        labelled = ImageFolder(source, segmenter.classes, None, task=load_description(segmenter.task))
     return open_domains(found, transform, transform, args.random_seed, labelled, args.check_data)
 
 
@@ -580,7 +577,7 @@ def train_cameras(args: argparse.Namespace) -> int:
                  for side, camera in zip("ab", pair, strict=True)}
         changes = {"snapshot_dir": str(folder), "resume": resume_file.exists()}
         session = train(argparse.Namespace(**{**vars(args), **changes}),
-                        open_domains(found, transform, transform, args.random_seed, fully=args.check_data))
+                        open_domains(found, transform, transform, args.random_seed, check_all=args.check_data))
         if session.exit_code:
             return session.exit_code
         if session.run.is_main:  # hundreds of megabytes that a finished translator no longer needs
