@@ -519,7 +519,7 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
         epochs, rest = divmod(iteration, epoch_length)
         return {"script": "train_spgan.py", "method": args.method, "direction": args.direction,
                 "iteration": iteration, "epoch": args.epoch_count - 1 + epochs, "epoch_ends": rest == 0,
-                "last": iteration == total, "width": args.load_size[0] if "scale_width" in args.preprocess else None}
+                "last": iteration == total, "scale": preprocess(args).scale}
 
     panels = Panels(nets, data, preprocess(args), folder / "pictures", run, args.save_num_images)
     with ReleasedNames(run, args, folder, modules, list(optimizers.values()), scaler=scaler, meta=meta_of, prefix="",

@@ -105,8 +105,8 @@ class GuardedStep:
     """Backward pass and optimiser step, which is skipped where the norm of the gradient is not sane.
 
     A crop of one colour gives gradients of 1e31, and infinite ones, while the loss stays finite: each of eleven
-    instance norms in a row may multiply by 1 / sqrt(1e-5). Such a step would spoil Adam's moments for thousands of iterations.
-    Raises UserError after MAX_SKIPPED steps in a row.
+    instance norms in a row may multiply by 1 / sqrt(1e-5). Such a step would spoil Adam's moments for thousands of
+    iterations. Raises UserError after MAX_SKIPPED steps in a row.
     """
 
     def __init__(self, run: Run, modules: Mapping[str, nn.Module],

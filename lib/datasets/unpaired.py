@@ -101,6 +101,13 @@ class Preprocess:
     mirror: bool = True
     ignore: int = 255
 
+    @property
+    def scale(self) -> list | None:
+        """At what scale a translator trained so sees an image: ["width", n], ["size", [w, h]], None for the file's."""
+        if self.how == "resize_and_crop":
+            return ["size", list(self.crop)]
+        return ["width", self.load[0]] if "scale_width" in self.how else None
+
     def working_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) before the crop."""
         if self.how == "resize_and_crop":
