@@ -38,6 +38,8 @@ from lib.datasets.unpaired import (
     short_side_size,
     to_symmetric,
 )
+from lib.demo.streets import render_demo
+from lib.demo.translation import compare_translations
 from lib.errors import UserError
 from lib.files import atomic_write
 from lib.models.segmenter import FrozenSegmenter, load_segmenter, loss_semantic
@@ -67,8 +69,10 @@ RENAMED = {"snapshot_save_iter": "save_pred_every", "image_save_iter": "eval_eve
            "dis.num_scales": "num_scales"}
 # keys that may have this value only: RGB pictures, and a loss that the release does not compute
 FIXED = {"input_dim_a": 3, "input_dim_b": 3, "recon_h_w": 0}
-# --demo: narrow networks on the rendered pair
-DEMO = dict(**flags.DEMO_DATA)
+# --demo: narrow networks on the rendered pair, which keep twice the usual resolution
+DEMO = dict(**flags.DEMO_DATA, new_size=96, crop_image_height=96, crop_image_width=96, gen_dim=16, dis_dim=16,
+            n_downsample=1, n_res=3, mlp_dim=64, recon_x_cyc_w=10.0, lr=5e-4, max_iter=800, step_size=400,
+            save_pred_every=400, log_every=50)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -137,7 +141,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.recon_x_cyc_w is None:
         args.recon_x_cyc_w = 10.0 if args.trainer == "UNIT" else 0.0
     if args.snapshot_dir is None:
-        args.snapshot_dir = str(Path(args.output_path) / "outputs" / (Path(config).stem if config else args.trainer))
+        name = f"demo_{args.trainer}_{args.random_seed}" if args.demo else Path(config).stem if config else args.trainer
+        args.snapshot_dir = str(Path(args.output_path) / "outputs" / name)
     least, multiple = 64, 2 ** args.n_downsample
     for name in ("crop_image_height", "crop_image_width"):
         if getattr(args, name) < least or getattr(args, name) % multiple:
@@ -585,9 +590,28 @@ def train(args: argparse.Namespace) -> Session:
     return session
 
 
+def demo(args: argparse.Namespace) -> int:
+    """Train on the rendered pair, translate its source, and train a segmenter on the result."""
+    root = render_demo(Path(f"data/demo/{args.random_seed}"), seed=args.random_seed)
+    session = train(args)
+    if session.exit_code:
+        return session.exit_code
+    gen, run = session.modules["gen"], session.run
+    draw = draws(args.random_seed, 0, run, 1)
+
+    def translate(x: Tensor) -> Tensor:
+        """x_ab, with a random style."""
+        code = gen["a"].encode(padded(x, gen["a"].stride))
+        styles = [draw((1, gen["b"].style_dim, 1, 1))] if args.trainer == "MUNIT" else []
+        return gen["b"].decode(code, *styles)[:, :, :x.shape[2], :x.shape[3]]
+
+    compare_translations({args.trainer: translate}, root, session.folder / "demo", run, seed=args.random_seed)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    return train(args).exit_code
+    return demo(args) if args.demo else train(args).exit_code
 
 
 if __name__ == "__main__":
