@@ -1,4 +1,4 @@
-"""Ranks and nearest lists: exact whatever the tiles, threads and ties, against all distances in the documented order."""
+"""Ranks and nearest lists: exact whatever the tiles, threads and ties, against all distances in a fixed order."""
 import numpy as np
 import pytest
 import torch
