@@ -120,7 +120,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--random-scale", action=argparse.BooleanOptionalAction, default=True,
                       help="scale training images by 0.5, 0.6, .. 1.5")
     data.add_argument("--random-mirror", action=argparse.BooleanOptionalAction, default=True)
-    data.add_argument("--eval-scale", type=flags.positive, default=0.9, help="of target images while they are labelled")
+    data.add_argument("--eval-scale", type=flags.scale, default=0.9, help="of target images while they are labelled")
     data.add_argument("--test-flipping", action="store_true", help="average with the mirrored image while labelling")
     data.add_argument("--test-scales", type=flags.scales, default=(0.9, 1.0, 1.2),
                       help="whose logits are averaged for scores")
@@ -512,17 +512,15 @@ def open_prior(args: argparse.Namespace, data: DomainPair, folder: Path, run: ru
 
 def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.Module, dict, str]:
     """--restore-from as (network, the conventions it was trained with, what was loaded). Raises UserError."""
-    weights, meta = checkpoint.read_weights(args.restore_from)
-    known = {"aspp": "full", "pixels": "imagenet", "stride_on": "1x1", **checkpoint.recognise(weights), **meta}
-    known |= {key: getattr(args, key) for key in ("model", "arch", "aspp", "pixels") if getattr(args, key)}
-    if known["num_classes"] != len(classes) or known.get("classes", list(classes)) != list(classes):
+    net, known, report = checkpoint.open_network(
+        args.restore_from, {"aspp": "full", "pixels": "imagenet"}, model=args.model, arch=args.arch, aspp=args.aspp,
+        pixels=args.pixels)
+    if list(known.get("classes", classes)) != list(classes) or known["num_classes"] != len(classes):
         raise UserError(f"{args.restore_from} tells {known['num_classes']} classes apart, not the {len(classes)} of "
                         f"this run ({', '.join(classes)}): choose --source, --target and --num-classes to fit")
-    net = build(known["model"], len(classes), known["arch"], known["aspp"], known["stride_on"])
-    loaded = checkpoint.load_into(net, weights, source=args.restore_from)
-    if loaded.missing or loaded.mismatched:
-        raise UserError(f"{args.restore_from} does not fill the network: {loaded}. Is --model or --arch wrong?")
-    return net, known, f"{args.restore_from}: {loaded}"
+    if known["model"] not in MODELS:
+        raise UserError(f"{args.restore_from} is a {known['model']}; self-training is for {', '.join(MODELS)}")
+    return net, known, f"{args.restore_from}: {report}"
 
 
 class Schedule(NamedTuple):
@@ -821,10 +819,8 @@ def demo(args: argparse.Namespace) -> int:
     session = train(args)
     if session.exit_code:
         return session.exit_code
-    weights, meta = checkpoint.read_weights(args.restore_from)
     data, run = session.validation.data, session.run
-    start = build(meta["model"], len(data.classes), meta["arch"], meta["aspp"], meta["stride_on"])
-    start.load_state_dict(weights)
+    start, _, _ = checkpoint.open_network(args.restore_from)
     scored = predict.Validation(data, args.input_size_target, session.validation.pixels, run, session.folder,
                                 bn_stats="running", workers=args.num_workers, max_pictures=0)
     scored.confusion = predict.score(start.to(run.device), data.validation, args.input_size_target, scored.pixels,

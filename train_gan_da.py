@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--low-memory", action="store_true", help="recomputed: run F twice, hold one graph at a time")
     net = flags.add_network(p)
     net.add_argument("--base", choices=["fcn8s", "deeplab"], default="fcn8s", help="F and C")
-    net.add_argument("--width", type=flags.positive, default=1.0, help="share of the channels of FCN-8s, G and D")
+    net.add_argument("--width", type=flags.scale, default=1.0, help="share of the channels of FCN-8s, G and D")
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
     net.add_argument("--dropout", type=flags.below_one, default=0.5, help="after fc6 and fc7")
@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--ignore-label", type=flags.label, default=255,
                       help="class index without loss; void labels get it")
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batchSize", "--batch-size", dest="batch_size", type=flags.count, default=1,
+    opt.add_argument("--batchSize", "--batch-size", dest="batch_size", type=flags.batch, default=1,
                      help="pairs a process")
     opt.add_argument("--num_iters", "--num-steps", dest="num_steps", type=flags.count, default=100000)
     opt.add_argument("--optimizer", choices=["Adam", "SGD"], default="Adam", help="of F and C")

@@ -19,30 +19,34 @@ def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callabl
     return parse
 
 
-count = _number(int, lambda n: n > 0, "a whole number of at least 1")
-natural = _number(int, lambda n: n >= 0, "a whole number of at least 0")
+count = _number(int, lambda n: 0 < n <= 10**9, "a whole number from 1 to 1000000000")
+natural = _number(int, lambda n: 0 <= n <= 10**9, "a whole number from 0 to 1000000000")
+batch = _number(int, lambda n: 0 < n <= 4096, "a whole number from 1 to 4096")
+workers = _number(int, lambda n: 0 <= n <= 256, "a whole number from 0 to 256")
 seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
 label = _number(int, lambda n: 0 <= n <= 255, "a whole number from 0 to 255")
 amount = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 positive = _number(float, lambda x: 0 < x < math.inf, "a number above 0")
+scale = _number(float, lambda x: 0.01 <= x <= 16, "a number from 0.01 to 16")
 share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 below_one = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 def scales(text: str) -> tuple[float, ...]:
-    """Numbers above 0, separated by commas. Raises argparse.ArgumentTypeError."""
+    """Numbers from 0.01 to 16, separated by commas. Raises argparse.ArgumentTypeError."""
     try:
-        return tuple(map(positive, text.split(",")))
+        return tuple(map(scale, text.split(",")))
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected numbers above 0 such as 0.9,1.0,1.2, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers from 0.01 to 16 such as 0.9,1.0,1.2, not {text!r}") \
+            from None
 
 
 def size(text: str) -> tuple[int, int]:
-    """Two whole numbers above 0. Raises argparse.ArgumentTypeError."""
-    first, _, second = text.partition(",")
-    if not (first.isdigit() and second.isdigit() and int(first) and int(second)):
-        raise argparse.ArgumentTypeError(f"expected two whole numbers above 0 such as 1024,512, not {text!r}")
-    return int(first), int(second)
+    """Two whole numbers from 1 to 16384. Raises argparse.ArgumentTypeError."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part[:6]) <= 16384 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected two whole numbers from 1 to 16384 such as 1024,512, not {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
 # --- groups of flags that scripts share; a script gives its own defaults by parser.set_defaults ---------------------
@@ -102,7 +106,7 @@ def add_data(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--input-size", type=size,
                        help="width,height that source images are resized to (default: the description's)")
     group.add_argument("--input-size-target", type=size, help="width,height that target images are resized to")
-    group.add_argument("--num-workers", type=natural, default=min(4, os.cpu_count() or 1),
+    group.add_argument("--num-workers", type=workers, default=min(4, os.cpu_count() or 1),
                        help="loader processes of each data set")
     group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     return group
@@ -127,7 +131,7 @@ def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         group.add_argument(f"--data-list{option}", help=f"file with one image of the {domain} a line")
     group.add_argument("--source-set", help="set of the source (default: the description's)")
     group.add_argument("--set", help="set of the target (default: the description's)")
-    group.add_argument("--num-workers", type=natural, default=min(4, os.cpu_count() or 1),
+    group.add_argument("--num-workers", type=workers, default=min(4, os.cpu_count() or 1),
                        help="loader processes of each domain")
     group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     return group
@@ -135,7 +139,7 @@ def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = p.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=count, default=1, help="pairs a process and backward pass")
+    group.add_argument("--batch-size", type=batch, default=1, help="pairs a process and backward pass")
     group.add_argument("--learning-rate", type=amount, default=2.5e-4, help="heads take 10 times as much")
     group.add_argument("--momentum", type=below_one, default=0.9)
     group.add_argument("--weight-decay", type=amount, default=5e-4)
