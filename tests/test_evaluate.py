@@ -240,7 +240,7 @@ def weights_of_nan(place):
     state = torch.load(place / "trained.pth")
     state["conv1.weight"][0] = torch.nan
     torch.save(state, place / "nan.pth")
-    return [*on_demo(place), "--restore-from", "nan.pth"], ["holds NaN or infinite values, in conv1.weight first", "older checkpoint"]
+    return [*on_demo(place), "--restore-from", "nan.pth"], ["holds NaN or infinite values, in conv1.weight first", "choose an older one"]
 
 
 def label_without_image_size(place):
