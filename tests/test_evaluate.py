@@ -20,7 +20,6 @@ from lib.datasets.description import load_description
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.fcn8s import FCN8s
-from train_adaptsegnet import FCDiscriminator
 
 DEMO = load_description("demo")
 
