@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lib.models.discriminator import FCDiscriminator
 from PIL import Image
 from scripts import execute, message, render
 
@@ -20,6 +19,7 @@ from lib.datasets.description import load_description
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.fcn8s import FCN8s
+from train_adaptsegnet import FCDiscriminator
 
 DEMO = load_description("demo")
 
