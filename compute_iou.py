@@ -3,22 +3,22 @@
     python compute_iou.py data/Cityscapes/data/gtFine/val result/cityscapes
     python compute_iou.py data/Cityscapes/data/gtFine/val result/cityscapes --classes 16 --json scores.json
 
-GT_DIR is the data set's root or any folder below it that holds the labels (gtFine, gtFine/val); which of its files
-those are says the data set's description (--data). The prediction for an image lies in PRED_DIR, or there in the
-subfolder of its label, under the image's name as an 8-bit .png of class indices: the places 0..18 of the description's
-list of classes (frankfurt_000000_000294_leftImg8bit.png). *_color.png files are never read.
+GT_DIR is the data set's root or any folder below it that holds the labels (gtFine, gtFine/val); the data set's
+description (--data) says which of its files those are. The prediction for an image lies in PRED_DIR, or there in the
+subfolder of its label, under the image's name as an 8-bit .png of class indices: 0..18, the positions in the
+description's list of classes (frankfurt_000000_000294_leftImg8bit.png). *_color.png files are never read.
 
-Every label needs a sound prediction. Missing and broken files, unequal sizes, label values that the description does
-not know and predictions outside the classes are listed, all at once, and nothing is scored (exit code 2). The original
-evaluation skipped some of these and miscounted others.
+Every label needs a sound prediction. Missing and broken files, unequal sizes, unknown label values and predictions
+outside the classes are listed, all at once, and nothing is scored (exit code 2); the original evaluation skipped some
+of these and miscounted others.
 
 --classes 13 or 16 (SYNTHIA's), or a list of names, scores those classes the way the field does: pixels whose truth is
 another class are ignored; on the remaining ones the prediction of another class counts as wrong. --predicted 16 says
-that the predictions' values are places in that list (0..15), not in the data set's; by default it scores those.
+that the predictions' values are indices into that list (0..15), not into the data set's; by default it scores those.
+--label-ids says that they are the data set's own label values (7 is road in Cityscapes); void values count as wrong.
 --devkit_dir reads the original release's folder (info.json, label.txt, val.txt) instead of a description.
 
---workers processes; by default one for every 50 images, as far as there are processors: for a few images starting them
-costs more than it gains. Nothing here imports torch, so that the scores come at once.
+Nothing here imports torch, so that the scores come at once.
 """
 import argparse
 import json
@@ -32,19 +32,14 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from lib import flags
-from lib.datasets.description import (
-    Description,
-    label_table,
-    label_values,
-    load_description,
-    pattern_glob,
-    pattern_regex,
-    read_indices,
-)
-from lib.errors import UserError
-from lib.metrics import fold_histogram, iou_dict, iou_table, joint_histogram, listed, mean_iou, per_class_iou, restrict
+from lib.datasets.description import Description, load_description, pattern_glob, pattern_regex
+from lib.datasets.labels import label_table, label_values, read_indices
+from lib.errors import UserError, itemized, listed
+from lib.files import atomic_write, check_writable, read_json, read_lines
+from lib.metrics import fold_rows, iou_dict, iou_table, joint_histogram, mean_iou, per_class_iou, restrict
 
-LISTED = 10  # problems shown of each kind
+MAX_WORKERS = 64
+VOID = 255  # in a table of values: this one is no class
 Pair = tuple[Path, Path]  # label, prediction
 
 
@@ -57,12 +52,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", type=Path, metavar="FILE", help="score only the images of this list, one a line")
     parser.add_argument("--devkit_dir", type=Path, metavar="DIR", help="folder with info.json, label.txt and val.txt")
     parser.add_argument("--classes", help="13, 16 or another subset of the data set, or class names with commas")
-    parser.add_argument("--predicted", metavar="CLASSES", help="likewise, what the predictions' values number")
+    values = parser.add_mutually_exclusive_group()
+    values.add_argument("--predicted", metavar="CLASSES", help="likewise: the classes that the predictions index")
+    values.add_argument("--label-ids", action="store_true", help="the predictions hold the data set's label values")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and confusion matrix there")
-    parser.add_argument("--workers", type=flags.count, metavar="N", help="processes (default: one for every 50 images)")
+    parser.add_argument("--workers", type=flags.count, metavar="N",
+                        help="processes (default: one for every 50 images, at most one for each processor)")
     args = parser.parse_args(argv)
     if args.devkit_dir and (args.set or args.list or args.data != parser.get_default("data")):
         parser.error("--devkit_dir takes the place of --data, --set and --list: give one or the other")
+    if args.workers and args.workers > MAX_WORKERS:
+        parser.error(f"--workers {args.workers}: at most {MAX_WORKERS} processes")
     return args
 
 
@@ -72,7 +72,7 @@ def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, l
     Raises UserError for missing folders, no labels, a list that does not fit, labels that would share a prediction.
     """
     for folder in (gt_dir, pred_dir):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"{folder}: no such folder")
     if d.labels is None:
         raise UserError(f"'{d.name}' has no labels to score against")
@@ -96,12 +96,12 @@ def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, l
     for label in labels:
         fields = pattern_regex(tail).fullmatch(label.relative_to(gt_dir).as_posix()).groupdict()
         try:
-            names[label] = PurePath(pattern.format(**{"set": wanted, **fields})).with_suffix(".png").name
+            names[label] = _png(pattern.format(**{"set": wanted, **fields}))
         except KeyError as e:
             raise UserError(f"{gt_dir}: give a folder further up, its name is part of the images' names: {e}") from None
         by_name[names[label]].append(label)
     if list_file is not None:
-        labels = _listed(list_file, by_name, gt_dir)
+        labels = _chosen(list_file, by_name, gt_dir)
     pairs = [(label, _prediction(pred_dir, label.relative_to(gt_dir).parent, names[label])) for label in labels]
     claims = defaultdict(list)
     for label, prediction in pairs:
@@ -113,51 +113,48 @@ def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, l
     return pairs
 
 
-def _listed(list_file: Path, by_name: Mapping[str, list[Path]], gt_dir: Path) -> list[Path]:
-    lines = _lines(list_file)
-    if not lines:
-        raise UserError(f"{list_file}: the list is empty; it should hold one image a line")
-    found = [by_name.get(PurePath(line).with_suffix(".png").name, []) for line in lines]
+def _png(image: str) -> str:
+    """The name of the prediction for an image; "" for a path without a name, such as "/"."""
+    path = PurePath(image)
+    return f"{path.stem}.png" if path.name else ""
+
+
+def _chosen(list_file: Path, by_name: Mapping[str, list[Path]], gt_dir: Path) -> list[Path]:
+    lines = read_lines(list_file)
+    found = [by_name.get(_png(line), []) for line in lines]
     wrong = [line for line, labels in zip(lines, found, strict=True) if len(labels) != 1]
     if wrong:
         raise UserError(f"{list_file}: {len(wrong)} of {len(lines)} images have no label, or several, in {gt_dir}: "
-                        + ", ".join(wrong[:LISTED]) + (", ..." if len(wrong) > LISTED else ""))
+                        + listed(wrong))
     return [labels[0] for labels in found]
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in _text(path).splitlines() if line.strip()]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read: {e}") from None
 
 
 def _prediction(pred_dir: Path, subfolder: PurePath, name: str) -> Path:
     places = [pred_dir.joinpath(*subfolder.parts[i:], name) for i in range(len(subfolder.parts))]
-    return next((place for place in places if place.is_file()), pred_dir / name)
+    return next((place for place in places if os.path.isfile(place)), pred_dir / name)
 
 
 def read_devkit(devkit: Path, gt_dir: Path, pred_dir: Path) -> tuple[tuple[str, ...], np.ndarray, list[Pair]]:
     """(class names, int16 [256] label value -> class, pairs) of the original release's folder."""
+    info = read_json(devkit / "info.json")
     try:
-        info = json.loads(_text(devkit / "info.json"))
         names = tuple(map(str, info["label"]))
         mapping = {int(value): int(index) for value, index in info["label2train"]}
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, OverflowError) as e:
         raise UserError(f"{devkit / 'info.json'}: must hold 'label' and 'label2train': {e!r}") from None
-    labels, images = _lines(devkit / "label.txt"), _lines(devkit / "val.txt")
-    if len(labels) != len(images) or not labels:
+    outside = [index for index in mapping.values() if index != VOID and not 0 <= index < len(names)]
+    if outside:
+        raise UserError(f"{devkit / 'info.json'}: 'label2train' has the class {listed(outside)}, but 'label' names the "
+                        f"classes 0..{len(names) - 1}; {VOID} stands for void")
+    labels, images = read_lines(devkit / "label.txt"), read_lines(devkit / "val.txt")
+    if len(labels) != len(images):
         raise UserError(f"{devkit}: label.txt has {len(labels)} lines and val.txt {len(images)}; they must pair")
-    table = np.array([mapping.get(value, 255 if value == 255 else -1) for value in range(256)], np.int16)
+    table = np.array([mapping.get(value, VOID if value == VOID else -1) for value in range(256)], np.int16)
     return names, table, [(gt_dir / a, pred_dir / PurePath(b).name) for a, b in zip(labels, images, strict=True)]
 
 
 def choose_classes(text: str | None, names: Sequence[str], subsets: Mapping[str, Sequence[str]]) -> list[int]:
-    """The places in `names` of the classes that --classes or --predicted asks for; all for None. Raises UserError."""
+    """The indices in `names` of the classes that --classes or --predicted asks for; all for None. Raises UserError."""
     if text is None or text == str(len(names)):
         return list(range(len(names)))
     chosen = subsets.get(text) or [name.strip() for name in text.split(",")]
@@ -169,13 +166,13 @@ def choose_classes(text: str | None, names: Sequence[str], subsets: Mapping[str,
 
 
 def score_pair(pair: Pair, read: Callable[[Path], np.ndarray], table: np.ndarray, num_classes: int,
-               predicted: Sequence[int]) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-    """(confusion matrix int64 [C, C], []) of one pair, or (None, its problems as (kind, text)).
+               allowed: np.ndarray) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
+    """(int64 [C, 256], pixels of a class by the prediction's value, []), or (None, the problems as (kind, text)).
 
-    `table` [256] leads the values that `read` finds in a label to classes, `predicted` those of the prediction.
+    table [256]: the classes of the values that `read` finds in a label; allowed: bool [256], values of predictions.
     """
     label, prediction = pair
-    if not prediction.is_file():
+    if not os.path.isfile(prediction):
         return None, [("missing predictions", str(prediction))]
     try:
         truth, guess = read(label), read_indices(prediction)
@@ -185,32 +182,30 @@ def score_pair(pair: Pair, read: Callable[[Path], np.ndarray], table: np.ndarray
         sizes = " and ".join(f"{w} x {h}" for h, w in (guess.shape, truth.shape))
         return None, [("predictions of another size than their label", f"{prediction}: {sizes}")]
     joint = joint_histogram(truth, guess)
-    unknown = np.flatnonzero(joint.any(1) & (table < 0))
-    beyond = np.flatnonzero(joint.any(0)[len(predicted):]) + len(predicted)
+    unknown, beyond = np.flatnonzero(joint.any(1) & (table < 0)), np.flatnonzero(joint.any(0) & ~allowed)
     problems = []
     if len(unknown):
         problems.append(("labels with values that the data set does not list", f"{label}: {listed(unknown)}"))
     if len(beyond):
-        problems.append((f"predictions outside 0..{len(predicted) - 1}", f"{prediction}: {listed(beyond)}"))
-    if problems:
-        return None, problems
-    columns = np.zeros_like(joint)
-    columns[:, predicted] = joint[:, :len(predicted)]
-    return fold_histogram(columns, table, num_classes), []
+        count = allowed.sum()
+        kind = f"predictions outside 0..{count - 1}" if allowed[:count].all() else "predictions with unknown label ids"
+        hint = " (label ids? Then give --label-ids)" if ((table >= 0) & (table < num_classes))[beyond].all() else ""
+        problems.append((kind, f"{prediction}: {listed(beyond)}{hint}"))
+    return (None, problems) if problems else (fold_rows(joint, table, num_classes), [])
 
 
 def score(pairs: Sequence[Pair], read: Callable[[Path], np.ndarray], table: np.ndarray, num_classes: int,
-          predicted: Sequence[int], workers: int | None = None) -> np.ndarray:
-    """int64 [C, C]: the confusion matrix of all pairs. Raises one UserError that lists every problem found."""
+          allowed: np.ndarray, workers: int | None = None) -> np.ndarray:
+    """int64 [C, 256]: `score_pair` summed over all pairs. Raises one UserError that lists every problem found."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, min(cores, len(pairs) // 50))
+        workers = min(cores, MAX_WORKERS, len(pairs) // 50)
     np.empty(31 << 20, np.uint8)  # freed at once: glibc then keeps one image's memory for the next, a fifth faster
-    task = partial(score_pair, read=read, table=table, num_classes=num_classes, predicted=predicted)
-    if workers == 1:
+    task = partial(score_pair, read=read, table=table, num_classes=num_classes, allowed=allowed)
+    if min(workers, len(pairs)) <= 1:
         return _sum(map(task, pairs), len(pairs), num_classes)
     from concurrent.futures import ProcessPoolExecutor  # here, since a small run need not wait for it
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(min(workers, len(pairs))) as pool:
         return _sum(pool.map(task, pairs, chunksize=4), len(pairs), num_classes)
 
 
@@ -218,36 +213,66 @@ def _sum(results: Iterable[tuple[np.ndarray | None, list]], total: int, num_clas
     if sys.stderr.isatty():
         from tqdm import tqdm  # likewise
         results = tqdm(results, total=total, unit=" images", leave=False)
-    confusion, problems = np.zeros((num_classes, num_classes), np.int64), defaultdict(list)
-    for counts, found in results:
-        if counts is not None:
-            confusion += counts
+    counts, problems = np.zeros((num_classes, 256), np.int64), defaultdict(list)
+    for counted, found in results:
+        if counted is not None:
+            counts += counted
         for kind, text in found:
             problems[kind].append(text)
     if problems:
-        lines = [f"nothing was scored: {sum(map(len, problems.values()))} problems in {total} images"]
-        for kind, texts in problems.items():
-            more = [f"... and {len(texts) - LISTED} more"] * (len(texts) > LISTED)
-            lines += [f"{len(texts)} {kind}:", *(f"  {text}" for text in texts[:LISTED] + more)]
-        raise UserError("\n".join(lines))
+        raise UserError("\n".join([f"nothing was scored: {sum(map(len, problems.values()))} problems in {total} images",
+                                   *(f"{len(texts)} {kind}:\n{itemized(texts)}" for kind, texts in problems.items())]))
+    return counts
+
+
+def by_class(counts: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """int64 [C, C + 1]: counts [C, 256] by the predicted class; columns [256]: the class of each value, else C."""
+    confusion = np.zeros((len(counts), len(counts) + 1), np.int64)
+    np.add.at(confusion.T, columns, counts.T)
     return confusion
+
+
+def look_like_ids(as_ids: np.ndarray, as_indices: np.ndarray) -> bool:
+    """Whether predictions with these confusion matrices are label ids; not where they hold a single value, which may be
+    that of a network that has collapsed."""
+    def kappa(confusion: np.ndarray) -> float:  # agreement beyond chance (Cohen 1960)
+        share = confusion / max(confusion.sum(), 1)
+        chance = share.sum(1) @ share.sum(0)[:len(share)]
+        return (share.trace() - chance) / max(1 - chance, 1e-9)
+
+    several = np.count_nonzero(as_ids.any(0)) > 1
+    never_right = as_indices.trace() == 0 and as_ids.trace() > 0
+    return several and (never_right or kappa(as_ids) > max(0.1, 2 * kappa(as_indices)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: no such folder")
+    if args.json:
+        check_writable(args.json, "Choose another --json")
     if args.devkit_dir:
-        data, read, subsets = str(args.devkit_dir), read_indices, {}
+        data, read, subsets, encoding = str(args.devkit_dir), read_indices, {}, "ids"
         names, table, pairs = read_devkit(args.devkit_dir, args.gt_dir, args.pred_dir)
     else:
         d = load_description(args.data)
-        data, read, subsets = d.name, partial(label_values, d=d), d.subsets
+        data, read, subsets, encoding = d.name, partial(label_values, d=d), d.subsets, d.encoding
         names, table = d.classes, label_table(d, d.classes)
         pairs = find_pairs(d, args.gt_dir, args.pred_dir, args.set, args.list)
+    if args.label_ids and encoding == "rgb":
+        raise UserError(f"--label-ids: the labels of '{data}' are colours; predictions must hold class indices")
     predicted = choose_classes(args.predicted, names, subsets)
     keep = choose_classes(args.classes or args.predicted, names, subsets)
-    confusion = restrict(score(pairs, read, table, len(names), predicted, args.workers), keep)
+
+    ids = np.where((table >= 0) & (table < len(names)), table, len(names))  # the class of each label value
+    indices = np.full(256, len(names))
+    indices[:len(predicted)] = predicted
+    allowed = table >= 0 if args.label_ids else np.arange(256) < len(predicted)
+    counts = score(pairs, read, table, len(names), allowed, args.workers)
+    confusion = by_class(counts, ids if args.label_ids else indices)
+    unclear = not (args.label_ids or args.predicted or encoding == "rgb")
+    if unclear and look_like_ids(by_class(counts, ids), confusion):
+        raise UserError(f"{args.pred_dir}: the predictions look like label ids: as such they agree with the labels, as "
+                        f"class indices they do not. Give --label-ids, or --predicted {len(names)} if they are indices")
+    confusion = restrict(confusion if args.label_ids else confusion[:, :-1], keep)
     scored = [names[c] for c in keep]
 
     print("Num classes", len(scored))
@@ -259,15 +284,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         result = {"data": data, "ground_truth": str(args.gt_dir), "predictions": str(args.pred_dir),
                   "images": len(pairs), **iou_dict(scored, confusion),
-                  "confusion_columns": scored + [name for name in names if name not in scored]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                  "confusion_columns": [*scored, *(name for name in names if name not in scored),
+                                        *(["void"] if args.label_ids else [])]}
+        with atomic_write(args.json, "Choose another --json") as new:
+            new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         print(f"compute_iou.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:  # a full disk, or a reader such as head that left early
+        print(f"compute_iou.py: the scores cannot be written: {e.strerror}", file=sys.stderr)
+        os._exit(2)  # Python would try to write them again
     except KeyboardInterrupt:
         sys.exit(130)

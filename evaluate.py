@@ -25,14 +25,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from lib import checkpoint, flags, metrics, ops, predict, runtime, visual
-from lib.datasets.description import Description, load_description, select_classes
+from lib.datasets.description import Description, Domain, load_description, select_classes
 from lib.datasets.folder import ImageFolder
+from lib.datasets.pictures import find_pictures
 from lib.datasets.transforms import PIXELS, Augment
 from lib.errors import UserError
+from lib.files import missing_files
 from lib.models.deeplab import ARCHITECTURES, MODELS, build
 from lib.models.fcn8s import FCN8s
-
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,21 +104,16 @@ def open_images(args: argparse.Namespace, data: Description, task: Description, 
                 pixels: str) -> tuple[list[Path], ImageFolder | None]:
     """(images, the labelled data set where labels exist)."""
     if args.images:
-        folder = Path(args.images)
-        if not folder.is_dir():
-            raise UserError(f"--images {folder}: no such folder")
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-        if not images:
-            raise UserError(f"--images {folder}: no picture ({', '.join(sorted(PICTURES))})")
-        return images, None
-    root, set_ = args.data_dir or data.root, args.set or data.sets["val"]
-    folder = ImageFolder(data, root, set_, classes, Augment(data.size, pixels), task=task,
-                         labelled=data.labels is not None, list_file=args.data_list)
-    there = [label.is_file() for label in folder.labels or ()]
-    if any(there) and not all(there):
-        raise UserError(f"{sum(there)} of {len(there)} images of {data.name} ({root}, {set_}) have a label; not there: "
-                        f"{folder.labels[there.index(False)]}. Complete them, or choose with --data-list")
-    return folder.images, folder if any(there) else None
+        return find_pictures(args.images), None
+    domain = Domain.open(data, args.data_dir, args.set, args.data_list, "val")
+    folder = ImageFolder(domain, classes, Augment(data.size, pixels), task=task, labelled=data.labels is not None)
+    if folder.labels is None:
+        return folder.images, None
+    missing = missing_files(folder.labels)
+    if missing and len(missing) < len(folder):
+        raise UserError(f"{len(folder) - len(missing)} of {len(folder)} images of {domain} have a label; "
+                        f"{folder.labels[missing[0]]} does not exist. Complete them, or choose with --data-list")
+    return folder.images, None if missing else folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,18 +150,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "network": f"{known['model']} {known['arch']}, {len(classes)} classes"
                    + f", ASPP {known['aspp']}" * (known["model"] != "FCN8s"),
         "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
-        "images": f"{len(images)} of {args.images or data.name} at {size}, {'labelled' if labelled else 'no labels'}",
+        "images": f"{len(images)} of {args.images or data.name} at "
+                  f"{f'a height of {size} pixels' if isinstance(size, int) else size}, "
+                  f"{'labelled' if labelled else 'no labels'}",
         "scales": f"{args.scales}{', mirrored too' * args.flip}"
                   + f", aggregated by {args.aggregate}" * bool(args.aggregate),
         "numbers": {"off": "float32"}.get(args.amp, args.amp) + ", compiled" * args.compile,
         "output": save or "scores only"})
     net.to(run.device)
     if args.bn_stats == "target":
-        if args.images:
-            on = images
-        else:
-            set_ = args.bn_set or data.sets["train"]
-            on = ImageFolder(data, args.data_dir or data.root, set_, classes, None, task=task, labelled=False).images
+        on = images if args.images else Domain.open(data, args.data_dir, args.bn_set).list_images()
         run.say(f"BN statistics re-estimated on {len(on)} images")
         net = predict.reestimate_bn(net, on, size, known["pixels"], run, args.num_workers)
     net = predict.prepare(net, runtime.AMP_DTYPES[args.amp] or torch.float32, args.compile)

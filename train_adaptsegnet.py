@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime
-from lib.datasets.demo import render_demo
-from lib.datasets.description import load_description
+from lib.datasets.description import Domain
 from lib.datasets.folder import open_pair
 from lib.datasets.transforms import Augment
 from lib.demo.comparison import train_and_compare
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.models.deeplab import build, set_bn_affine, set_train_mode, upsample
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
@@ -220,7 +220,8 @@ def train(args: argparse.Namespace) -> Session:
     pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
     # data
-    source, target = load_description(args.source), load_description(args.target)
+    source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+    target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target)
     size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
     min_size = 32 if args.adapt == "output" else 256  # D halves five times, and features are an eighth of the image
     if not args.source_only and min(*size_s, *size_t) < min_size:
@@ -228,10 +229,8 @@ def train(args: argparse.Namespace) -> Session:
                         f"not {size_s} and {size_t}: choose a larger --input-size and --input-size-target")
     data = open_pair(
         source, target, Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label),
-        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label), num_classes=args.num_classes,
-        root_s=args.data_dir, root_t=args.data_dir_target, set_s=args.source_set, set_t=args.set, set_val=args.val_set,
-        list_s=args.data_list, list_t=args.data_list_target, ignore=args.ignore_label, seed=args.random_seed,
-        fully=args.check_data)
+        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label), val_set=args.val_set,
+        num_classes=args.num_classes, ignore=args.ignore_label, seed=args.random_seed, check_all=args.check_data)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
         raise SystemExit(0)

@@ -2,10 +2,10 @@
 
 Zou, Yu, Kumar, Wang: "Unsupervised Domain Adaptation for Semantic Segmentation via Class-Balanced Self-Training",
 ECCV 2018, https://arxiv.org/abs/1810.07911. Zou, Yu, Liu, Kumar, Wang: "Confidence Regularized Self-Training", ICCV
-2019, https://arxiv.org/abs/1908.09822. Results: README.md, section "CBST".
+2019, https://arxiv.org/abs/1908.09822. Results: docs/cbst.md.
 
     python train_cbst.py --demo                                                     # a miniature pair, on a laptop
-    python train_cbst.py --restore-from snapshots/source_only/GTA5_150000.pth       # data/GTA5 to data/Cityscapes/data
+    python train_cbst.py --restore-from snapshots/source_only/GTA5_150000.pth       # GTA5 to Cityscapes
     python train_cbst.py --restore-from FILE --kc-policy global                     # ST: one threshold for all classes
     python train_cbst.py --restore-from FILE --spatial-prior build                  # CBST-SP
     python train_cbst.py --restore-from FILE --mr-weight-kld 0.01                   # MRKLD as published, see below
@@ -26,10 +26,8 @@ eighth of the size fit --cache-mb.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,36 +39,41 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lib import checkpoint, flags, ops, predict, rounds, runtime, visual
-from lib.datasets.demo import render_demo
-from lib.datasets.description import label_table, load_description, written_values
+from lib import checkpoint, flags, ops, predict, runtime
+from lib.datasets.description import Domain
 from lib.datasets.folder import DomainPair, ImageFolder, endless, open_pair
-from lib.datasets.transforms import PIXELS, random_crop
+from lib.datasets.pseudo_labels import (
+    IGNORE,
+    PseudoLabels,
+    complete_rounds,
+    load_prior,
+    remove_rounds,
+    reopen_round,
+    write_list,
+    write_text,
+)
+from lib.datasets.transforms import to_tensor
+from lib.demo.comparison import compare
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.files import atomic_write
-from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou
-from lib.models.deeplab import ARCHITECTURES, MODELS, build, logits_of, set_bn_affine, set_train_mode
+from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou, selection_table
+from lib.models.deeplab import MODELS, build, logits_of, set_bn_affine, set_train_mode, upsample
 from lib.optim import deeplab_sgd, set_poly_lr
-from lib.runtime import as_float32
+from lib.session import Passes, Session
 
-IGNORE = 255
+PASSES = ("score", "count", "refine", "label")  # of a round, over the validation set and then three times the target
 RELEASED_SIGMA = 70 / 6 / 1024  # of the spatial prior, in image heights: the paper's 70 x 70 kernel at 1024, cut at 3
-# Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
-FREE_ARGUMENTS = {"resume", "num_workers", "num_rounds", "save_pred_every", "log_every", "tensorboard", "log_dir",
-                  "save_num_images", "save_color", "cache_mb", "gpu", "cpu", "check_data", "snapshot_dir", "ops",
-                  "compile"}
 # --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
-DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
-            arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), crop_size=(192, 96),
-            snapshot_dir="snapshots/demo_cbst", learning_rate=5e-4, power=0.9, num_rounds=4, epr=2,
+DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_cbst/{seed}", arch="resnet18", input_size=(192, 96),
+            input_size_target=(192, 96), crop_size=(192, 96), learning_rate=5e-4, power=0.9, num_rounds=4, epr=2,
             init_src_port=0.2, max_src_port=0.5, src_port_step=0.05, spatial_prior="build", prior_norm="class",
-            eval_scale=1.0, test_scales=(1.0,), is_training=True, num_workers=0, pixels="caffe", bn_stats="target")
+            eval_scale=1.0, test_scales=(1.0,), is_training=True, pixels="caffe", bn_stats="target")
 DEMO_START_STEPS, DEMO_START_RATE = 400, 2.5e-3
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = flags.parser(__doc__)
     method = p.add_argument_group("method")
     method.add_argument("--num-rounds", type=flags.count, default=4, help="the last one only scores")
     method.add_argument("--epr", type=flags.count, default=2, help="epochs of training a round")
@@ -99,37 +102,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="LRENT: alpha of soft labels (0: hard labels)")
     method.add_argument("--collapse", type=flags.share, default=0.95,
                         help="share of pixels in one class that ends the run")
-    method.add_argument("--demo", action="store_true", help="render a small pair, train on its source, then rounds")
-    net = p.add_argument_group("network")
-    net.add_argument("--restore-from", metavar="FILE", help="a source-trained network, in any dialect")
+    net = flags.add_network(p)
     net.add_argument("--model", choices=list(MODELS), help="default: recognised by the checkpoint's keys")
-    net.add_argument("--arch", choices=list(ARCHITECTURES), help="default: recognised")
     net.add_argument("--aspp", choices=["released", "full"],
                      help="rates summed: 6, 12 or all four (default: the checkpoint's, else full)")
-    net.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else imagenet")
-    net.add_argument("--num-classes", type=flags.count, help="how many of the target's classes (default: all shared)")
     net.add_argument("--bn-affine", choices=["train", "frozen"], default="frozen", help="BN weights and biases")
     net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=False,
                      help="BN statistics update while training")
     net.add_argument("--bn-stats", choices=["running", "target", "both"], default="running",
                      help="each round begins by re-estimating BN statistics on the target, or on it and the next "
                           "round's source images")
-    data = p.add_argument_group("data")
-    data.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
-    data.add_argument("--target", default="cityscapes", help="likewise")
-    data.add_argument("--data-dir", help="source folder (default: the description's)")
-    data.add_argument("--data-list", help="file with one source image a line")
-    data.add_argument("--source-set", help="set of the source (default: the description's)")
-    data.add_argument("--data-dir-target", help="target folder")
-    data.add_argument("--data-list-target", help="file with one target image a line, those to label")
-    data.add_argument("--set", help="set of the target to label and train on (default: the description's)")
-    data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
+    data = flags.add_data(p)
     data.add_argument("--subset", type=flags.count, metavar="N",
                       help="use N target images, drawn by --seed and listed in subset.txt")
     data.add_argument("--allow-overlap", action="store_true", help="label images that are scored too")
-    data.add_argument("--input-size", type=flags.size, help="width,height of source images (default: the files')")
-    data.add_argument("--input-size-target", type=flags.size,
-                      help="width,height of target images (default: the files')")
     data.add_argument("--crop-size", type=flags.size, default=(1024, 512), help="width,height in training")
     data.add_argument("--random-scale", action=argparse.BooleanOptionalAction, default=True,
                       help="scale training images by 0.5, 0.6, .. 1.5")
@@ -140,39 +126,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       help="whose logits are averaged for scores")
     data.add_argument("--score-flipping", action=argparse.BooleanOptionalAction, default=True,
                       help="average with the mirrored image for scores")
-    data.add_argument("--num-workers", type=flags.natural, default=min(4, os.cpu_count() or 1), help="loader processes")
-    data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
-    opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batch-size", type=flags.count, default=2, help="images a process and step, of both domains")
-    opt.add_argument("--learning-rate", type=flags.amount, default=5e-5, help="heads take 10 times as much")
-    opt.add_argument("--momentum", type=flags.below_one, default=0.9)
-    opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
-    opt.add_argument("--power", type=flags.amount, default=0.0,
-                     help="of the polynomial decay within a round; 0: constant")
+    opt = flags.add_optimisation(p)
     opt.add_argument("--sgd", choices=["released", "once"], default="released",
                      help="released: the backbone's updates are repeated as in the release")
-    out = p.add_argument_group("run")
-    out.add_argument("--snapshot-dir", "--save", default="snapshots/cbst", help="one folder a round, logs, best.pth")
-    out.add_argument("--save-pred-every", type=flags.count, default=500,
-                     help="training steps (images, while labelling and scoring) between points to resume from")
-    out.add_argument("--save-num-images", type=flags.natural, default=4, help="pseudo-labels in each round's picture")
+    out = flags.add_run(p, aliases={"--snapshot-dir": "--save"})
     out.add_argument("--save-color", action="store_true", help="also pseudo_labels_color: every label in colours")
     out.add_argument("--cache-mb", type=flags.natural, default=64,
                      help="memory for logits between the passes over the target")
-    out.add_argument("--log-every", type=flags.count, default=10)
-    out.add_argument("--tensorboard", action="store_true")
-    out.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")
-    out.add_argument("--resume", action="store_true", help="go on from the snapshot folder")
-    out.add_argument("--random-seed", "--seed", type=flags.natural, default=3)
-    out.add_argument("--deterministic", action="store_true")
-    out.add_argument("--cpu", action="store_true")
-    out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
-    out.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="mixed precision")
-    out.add_argument("--compile", action="store_true", help="torch.compile the network")
-    out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
-    if p.parse_known_args(argv)[0].demo:
-        p.set_defaults(**DEMO)
-    args = p.parse_args(argv)
+    p.set_defaults(snapshot_dir="snapshots/cbst", arch=None, batch_size=2, learning_rate=5e-5, power=0.0,
+                   save_pred_every=500, save_num_images=4, random_seed=3)
+    args = flags.parse(p, argv, DEMO)
     if not args.restore_from and not args.demo and not args.check_data:
         p.error("--restore-from FILE is needed: rounds begin from a source-trained network, such as "
                 "train_adaptsegnet.py --source-only makes")
@@ -182,11 +145,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # --- selection: p are probabilities [C, ...], thresholds [C] ----------------------------------------------------------
 
 
-def portion(init: float, step: float, most: float, round_: int) -> float:
-    """The portion of round 0, 1, ...: one step more each round, added up as in the release, at most ``most``."""
-    value = min(init, most)
+def portion(init: float, step: float, maximum: float, round_: int) -> float:
+    """The portion of round 0, 1, ...: one step more each round, added up as in the release, up to ``maximum``."""
+    value = min(init, maximum)
     for _ in range(round_):
-        value = min(value + step, most)
+        value = min(value + step, maximum)
     return value
 
 
@@ -230,25 +193,6 @@ def spatial_prior(labels: Iterable[np.ndarray], classes: int, size: tuple[int, i
     return np.clip(q / max(count, 1), 0, 1)
 
 
-def load_prior(path: str | Path, classes: int) -> np.ndarray:
-    """float32 [C, H, W] from ``prior_array`` in a .npz or MATLAB file. Raises UserError."""
-    try:
-        if str(path).endswith(".mat"):
-            from scipy.io import loadmat
-            prior = loadmat(path)["prior_array"]
-        else:
-            prior = np.load(path)["prior_array"]
-    except Exception as error:  # NumPy and SciPy raise many kinds for a broken file
-        raise UserError(f"--spatial-prior {path}: no prior can be read from it ({error}); it should be a .npz or "
-                        ".mat file with prior_array, or 'build'") from None
-    prior = np.asarray(prior, np.float32)
-    if prior.ndim != 3 or len(prior) != classes or not (np.isfinite(prior).all() and 0 <= prior.min() <= prior.max()
-                                                        <= 1):
-        raise UserError(f"--spatial-prior {path}: prior_array is {' x '.join(map(str, prior.shape))}; it should be "
-                        f"{classes} x height x width (one map for each class), with values 0..1")
-    return prior
-
-
 def balanced_prior(prior: Tensor) -> Tensor:
     """The prior [C, H, W] with the same sum over the pixels for every class that occurs; its largest value is 1."""
     prior = prior / prior.sum((1, 2), keepdim=True).clamp(min=torch.finfo(prior.dtype).tiny)
@@ -256,11 +200,6 @@ def balanced_prior(prior: Tensor) -> Tensor:
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
-
-
-def upsample(pred: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=True (in training and test): [N, C, h, w] -> [N, C, *size]."""
-    return F.interpolate(as_float32(pred), tuple(size), mode="bilinear", align_corners=True)
 
 
 def labelled_pixels(label: Tensor) -> Tensor:
@@ -286,9 +225,8 @@ def loss_kld(log_p: Tensor, label: Tensor, weight: Tensor, regularised: Tensor) 
     return -(pixels * log_p.mean(1)).sum() / regularised.clamp(min=1e-3)
 
 
-def self_training_backward(net: nn.Module, x: Tensor, label: Tensor, on_target: Tensor, *, mr_weight_kld: float,
-                           run: runtime.Run, scale: Callable[[Tensor], Tensor] = lambda loss: loss
-                           ) -> dict[str, Tensor]:
+def step(net: nn.Module, x: Tensor, label: Tensor, on_target: Tensor, *, mr_weight_kld: float, run: runtime.Run,
+         scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
     """Gradients of one batch of both domains. on_target [N]: 1 for target images, 0 for source. Returns the losses."""
     with run.autocast():
         pred = logits_of(net(x))
@@ -305,6 +243,48 @@ def self_training_backward(net: nn.Module, x: Tensor, label: Tensor, on_target: 
 
 
 # --- training data of a round -----------------------------------------------------------------------------------------
+
+
+class Crop(NamedTuple):
+    """What random_crop returns; rows and cols are the places in the label file of the crop's pixels."""
+
+    image: Tensor     # float32 [3, h, w]
+    label: Tensor     # int64 [h, w]
+    rows: np.ndarray  # int64, at most h
+    cols: np.ndarray  # int64, at most w
+
+
+def random_crop(image: Image.Image, label: np.ndarray, rng: np.random.Generator, *, working: tuple[int, int] | None,
+            crop: tuple[int, int], pixels: str, scale: bool, mirrored: bool, mine: Sequence[int] = (),
+            mine_chance: float = 0.0, ignore: int = 255) -> Crop:
+    """A training crop (width, height) of an image of the ``working`` size (None: its own) at a random scale.
+
+    With chance ``mine_chance``, where the label holds a class of ``mine``, one such class and one of its pixels are
+    drawn, and the crop is centred there, shifted back inside. Images smaller than the crop are padded.
+    """
+    factor = rng.integers(5, 16) / 10 if scale else 1.0
+    w, h = (max(1, round(n * factor)) for n in working or image.size)
+    (height, width), (cw, ch) = label.shape, crop
+    room_x, room_y = max(w - cw, 0), max(h - ch, 0)
+    x, y = rng.integers(room_x + 1), rng.integers(room_y + 1)
+    present = [c for c in mine if (label == c).any()]
+    if present and rng.random() < mine_chance:
+        place = rng.choice(np.flatnonzero(label == rng.choice(present)))
+        x = np.clip(round((place % width + 0.5) * w / width - cw / 2), 0, room_x)
+        y = np.clip(round((place // width + 0.5) * h / height - ch / 2), 0, room_y)
+    n, m = min(cw, w), min(ch, h)
+    step_x, step_y = image.width / w, image.height / h
+    picture = image.resize((n, m), Image.Resampling.BICUBIC,
+                           box=(x * step_x, y * step_y, min((x + n) * step_x, image.width),
+                                min((y + m) * step_y, image.height)))
+    rows = ((np.arange(y, y + m) + 0.5) * height / h).astype(np.int64)
+    cols = ((np.arange(x, x + n) + 0.5) * width / w).astype(np.int64)
+    content = to_tensor(picture, pixels)
+    if mirrored and rng.random() < 0.5:
+        content, cols = content.flip(2), cols[::-1].copy()
+    out = torch.full((ch, cw), ignore, dtype=torch.int64)
+    out[:m, :n] = torch.from_numpy(label[rows[:, None], cols].astype(np.int64))
+    return Crop(F.pad(content, (0, cw - n, 0, ch - m)), out, rows, cols)
 
 
 def probabilities_at(logits: Tensor, size: tuple[int, int], rows: np.ndarray, cols: np.ndarray,
@@ -362,11 +342,86 @@ class RoundSet(Dataset):
             kept = y != IGNORE
             soft = torch.zeros(len(thresholds), *y.shape).scatter_(0, (y * kept)[None], 1.0)
             if on_target:
-                held = torch.from_numpy(np.load(logits / f"{index}.npy"))
-                p = probabilities_at(held, label.shape, found.rows, found.cols, prior)
+                stored = torch.from_numpy(np.load(logits / f"{index}.npy"))
+                p = probabilities_at(stored, label.shape, found.rows, found.cols, prior)
                 soft[:, :len(found.rows), :len(found.cols)] = soft_label(p, thresholds, alpha)[0]
             y = soft * kept
         return Sample(found.image, y, float(on_target), folder.images[index].stem)
+
+
+# --- the passes of a round --------------------------------------------------------------------------------------------
+
+
+class Labelling(NamedTuple):
+    """How the target is labelled: the network in its fast form, the images, and what --help says of the rest."""
+
+    net: nn.Module
+    views: predict.ViewSet
+    prior: Tensor | None
+    portion: float
+    args: argparse.Namespace
+    run: runtime.Run
+    cache: dict
+
+    def load(self, indices: list[int]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """((height, width) of the file, logits [1 or 2, C, h, w]) of each image."""
+        return predict.image_logits(self.net, self.views, indices, self.run, flip=self.args.test_flipping,
+                                    workers=self.args.num_workers, cache=self.cache, room=self.args.cache_mb << 20)
+
+
+def score(net: nn.Module, data: DomainPair, views: predict.ViewSet, passes: Passes, run: runtime.Run, *, flip: bool,
+          workers: int) -> Tensor:
+    """Pass "score": the confusion matrix int64 [C, C] of ``net`` on the validation set."""
+    load = partial(predict.load_views, views, workers=workers)
+    for index, item in passes.over("score", len(views), load):
+        label = predict.predict(net, item.tensors, item.image.shape[1::-1], run, flip=flip)
+        passes.counts["scored"] += score_label(label, data.validation.truth(index), len(data.classes),
+                                               data.task.ignore)
+    return run.sum(passes.counts["scored"]).cpu()
+
+
+def choose_thresholds(how: Labelling, passes: Passes, require_diverse: Callable[[Tensor], None]
+                      ) -> tuple[ops.Thresholds | None, Tensor | None]:
+    """Passes "count" and "refine", Zou et al., algorithm 2: the k-th largest confidence of each class.
+
+    Returns (thresholds, predicted pixels [C]), or None in place of what a stop request prevented.
+    """
+    args, run = how.args, how.run
+    options = dict(prior=how.prior, ds_rate=args.ds_rate, value=args.kc_value)
+    threshold = partial(ops.select_threshold, portion=how.portion, pooled=args.kc_policy == "global")
+    for index, (shape, logits) in passes.over("count", len(how.views), how.load):
+        if how.prior is not None and how.prior.shape[1:] != shape:
+            raise UserError(f"{how.views.images[index]} is {shape[1]}x{shape[0]}, the spatial prior "
+                            f"{how.prior.shape[2]}x{how.prior.shape[1]}: target images must have its size")
+        ops.confidence_histogram_(passes.counts["hist"], logits[0], shape, flipped=mirrored(logits), **options)
+    if passes.leaving:
+        return None, None
+    counted = run.sum(passes.counts["hist"])
+    predicted, bins = ops.predicted_pixels(counted), threshold(counted).bins
+    del counted  # 2 MiB a class
+    require_diverse(predicted)
+    for _, (shape, logits) in passes.over("refine", len(how.views), how.load):
+        ops.refine_histogram_(passes.counts["fine"], bins, logits[0], shape, flipped=mirrored(logits), **options)
+    if passes.leaving:
+        return None, predicted
+    return threshold(run.sum(passes.counts["hist"]), fine=run.sum(passes.counts["fine"])), predicted
+
+
+def write_labels(how: Labelling, passes: Passes, thresholds: Tensor, files: PseudoLabels) -> Tensor:
+    """Pass "label": argmax_c p_c / t_c where it is at least 1, into ``files``. Returns the pixels [256] by label."""
+    for index, (shape, logits) in passes.over("label", len(how.views), how.load):
+        if how.args.lr_weight_ent:
+            (files.work / "logits").mkdir(parents=True, exist_ok=True)
+            with atomic_write(files.work / f"logits/{index}.npy") as new:
+                np.save(new, logits.cpu().numpy())
+            prior = None if how.prior is None else how.prior.cpu()
+            label = soft_selection(logits.cpu(), shape, thresholds.cpu(), how.args.lr_weight_ent, prior)
+        else:
+            label = ops.pseudo_label(logits[0], thresholds, shape, flipped=mirrored(logits), prior=how.prior)
+        label = label.cpu().numpy()
+        passes.counts["labelled"] += torch.from_numpy(np.bincount(label.ravel(), minlength=256)).to(how.run.device)
+        files.write(index, label, how.args.save_color)
+    return how.run.sum(passes.counts["labelled"])
 
 
 def soft_selection(logits: Tensor, size: tuple[int, int], thresholds: Tensor, alpha: float,
@@ -391,36 +446,43 @@ def mirrored(logits: Tensor) -> Tensor | None:
     return logits[1] if len(logits) > 1 else None
 
 
-def require_diverse(pixels: Tensor, classes: Sequence[str], most: float, r: int, good: str) -> None:
-    """Stop where one class has over ``most`` of all predicted pixels [C] of the network entering round r.
+# --- reports ----------------------------------------------------------------------------------------------------------
 
-    good: the last good checkpoint. Raises UserError.
-    """
-    share = pixels.double() / pixels.sum()
-    if share.max() > most:
-        what, hint = ("the network to start from", "Try") if r == 0 else \
-            (f"the network trained in round {r - 1}", f"Last good checkpoint: {good}. Try a lower --learning-rate or")
-        raise UserError(f"round {r}: {what} has collapsed: {100 * share.max():.1f} % of the pixels are "
-                        f"'{classes[int(share.argmax())]}' (--collapse {most}). {hint} another BN mode (--is-training, "
-                        "--bn-stats target) and the --pixels that the network was trained with")
+
+def selection_report(classes: Sequence[str], thresholds: ops.Thresholds, predicted: Tensor, labelled: Tensor, *,
+                     rare_cls_num: int, mine_port: float) -> dict[str, object]:
+    """What a round selected, by class name. predicted: pixels [C]; labelled: pixels [256] by label."""
+    rare, mine = rare_classes(predicted, rare_cls_num, mine_port)
+    report = {key: dict(zip(classes, values.tolist(), strict=True)) for key, values in (
+        ("thresholds", thresholds.value), ("selected", thresholds.selected), ("predicted", predicted),
+        ("labelled", labelled[:len(classes)]))}
+    return report | {"labelled_share": sum(report["labelled"].values()) / int(labelled.sum()),
+                     "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
+
+
+def write_rounds(reports: Sequence[Mapping], path: Path) -> None:
+    """rounds.jsonl: one line a round."""
+    lines = []
+    for report in reports:
+        line = {"iteration": report["round"]}
+        if report.get("mIoU") is not None:
+            line["mIoU"] = report["mIoU"]
+        if "predicted" in report:
+            line |= {"target portion": report["target_portion"], "labelled share": report["labelled_share"],
+                     "largest class": max(report["predicted"].values()) / sum(report["predicted"].values())}
+        line |= {f"IoU {name}": 100 * v for name, v in report.get("iou", {}).items() if v is not None}
+        lines.append(line)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class Outcome(NamedTuple):
-    net: nn.Module
-    data: DomainPair
-    confusion: np.ndarray | None  # of the last weights on the validation set
-    pixels: str
-
-
 def open_data(args: argparse.Namespace) -> DomainPair:
-    data = open_pair(
-        load_description(args.source), load_description(args.target), None, None, num_classes=args.num_classes,
-        root_s=args.data_dir, root_t=args.data_dir_target, set_s=args.source_set, set_t=args.set, set_val=args.val_set,
-        list_s=args.data_list, list_t=args.data_list_target, ignore=IGNORE, fully=args.check_data,
-        allow_overlap=args.allow_overlap)
+    source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+    target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target)
+    data = open_pair(source, target, None, None, val_set=args.val_set, num_classes=args.num_classes, ignore=IGNORE,
+                     check_all=args.check_data, allow_overlap=args.allow_overlap)
     if args.subset is not None:
         if args.subset > len(data.target):
             raise UserError(f"--subset {args.subset}: the target has {len(data.target)} images")
@@ -463,357 +525,260 @@ def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.M
     return net, known, f"{args.restore_from}: {loaded}"
 
 
-class SelfTraining:
-    """A run: its data and network, and how far its rounds have come.
+class Schedule(NamedTuple):
+    """Source images and training steps of each round."""
 
-    A round has two stages: "label" (with its own progress.pth) and "train".
-    """
+    args: argparse.Namespace
+    sources: int   # images of the source
+    targets: int   # images to label
+    world: int
 
-    def __init__(self, args: argparse.Namespace, run: runtime.Run, data: DomainPair):
-        self.args, self.run, self.data, self.classes = args, run, data, data.classes
-        self.folder = Path(args.snapshot_dir)
-        self.resume_file = self.folder / "resume.pth"
-        if self.resume_file.exists() and not args.resume:
-            raise UserError(f"{self.folder} holds an earlier run: --resume goes on with it; else choose another "
-                            "--snapshot-dir")
-        self.net, self.known, self.loaded = open_network(args, data.classes)
-        self.pixels = self.known["pixels"]
-        set_bn_affine(self.net, args.bn_affine == "train")
-        self.net.to(run.device, memory_format=run.memory_format)
-        if run.world > 1 and run.device.type == "cuda" and args.is_training:
-            self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
-        self.scaler, self.optimizer = run.scaler(), self.new_optimizer()
-        self.prior = open_prior(args, data, self.folder, run)
-        self.prior_here = None if self.prior is None else self.prior.to(run.device)
-        self.reports: list[dict] = []
-        self.confusion: Tensor | None = None  # of the network that entered the last round, on the validation set
-
-        self.views_t = predict.ViewSet(data.target.images, args.input_size_target, self.pixels, (args.eval_scale,))
-        self.views_v = None if data.validation is None else predict.ViewSet(
-            data.validation.images, args.input_size_target, self.pixels, args.test_scales)
-        with Image.open(data.target.images[0]) as image:
-            self.shown_size = list(args.input_size_target or image.size)
-        ids, unlabelled = written_values(data.task)
-        self.to_ids = np.full(256, unlabelled, np.uint8)
-        self.to_ids[:len(self.classes)] = [ids[data.task.classes.index(name)] for name in self.classes]
-
-    def new_optimizer(self) -> torch.optim.Optimizer:
-        args = self.args
-        return deeplab_sgd(self.net, args.sgd, args.learning_rate, args.momentum, args.weight_decay)
-
-    # --- the schedule
-
-    def chosen_in(self, r: int) -> list[int]:
-        """The source images of round r."""
+    def source_images(self, r: int) -> list[int]:
+        """Places of the source images of round r."""
         args = self.args
         share = portion(args.init_src_port, args.src_port_step, args.max_src_port, r)
-        return source_sample(len(self.data.source), share, args.random_seed, r, args.src_sampling_policy)
-
-    def steps_of(self, r: int) -> int:
-        images = len(self.chosen_in(r)) + len(self.data.target)
-        return max(1, self.args.epr * images // (self.args.batch_size * self.run.world))
-
-    def steps_before(self, r: int) -> int:
-        return sum(map(self.steps_of, range(r)))
-
-    # --- what a killed run goes on from
-
-    def resume(self) -> tuple[int, str, int] | None:
-        """(round, stage, steps done) of resume.pth, whose state is loaded; None: there is none."""
-        args = self.args
-        arguments = {k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}
-        arguments["nproc_per_node"] = self.run.world
-        self.arguments = json.loads(json.dumps(arguments))  # lists for tuples, as they come back
-        if not self.resume_file.exists():
-            if args.resume:
-                self.run.say(f"note: there is no {self.resume_file} yet: starting at the beginning")
-            return None
-        state = checkpoint.load_resume(self.resume_file, self.net, [], [self.optimizer], self.scaler, self.arguments,
-                                       FREE_ARGUMENTS)
-        r, stage, done, self.reports, self.confusion = (
-            state[k] for k in ("round", "stage", "iteration", "reports", "confusion"))
-        if stage == "train" and "thresholds" not in self.reports[-1] and r < args.num_rounds - 1:
-            stage, self.reports = "label", self.reports[:-1]  # it ended here, with fewer --num-rounds
-            if self.run.is_main and (self.folder / str(r)).exists():
-                os.replace(self.folder / str(r), self.work(r))
-        self.loaded = f"resumed in round {r}, {stage}" + f", step {done}" * (stage == "train")
-        return r, stage, done
-
-    def save(self, r: int, stage: str, iteration: int = 0) -> None:
-        if self.run.is_main:
-            checkpoint.save_resume(self.resume_file, self.net, [], [self.optimizer], self.scaler, self.meta(r), round=r,
-                                   stage=stage, iteration=iteration, reports=self.reports, confusion=self.confusion,
-                                   arguments=self.arguments)
-        self.run.barrier()
-
-    def meta(self, r: int) -> dict[str, object]:
-        known = {key: self.known[key] for key in ("model", "arch", "aspp", "stride_on", "pixels")}
-        return {"script": "train_cbst.py", "round": r, **known, "task": self.args.target,
-                "classes": list(self.classes), "size": self.shown_size, "align_corners": True}
-
-    def work(self, r: int) -> Path:
-        """The folder of round r until it is complete."""
-        return self.folder / f"{r}.partial"
-
-    def weights_before(self, r: int) -> str:
-        """The weights that entered the round before r: the last good ones if those that enter r have gone wrong."""
-        return str(self.folder / f"{r - 2}/weights.pth") if r > 1 else self.args.restore_from
-
-    def enter(self, r: int) -> None:
-        """The network is what enters round r; as the result of round r - 1 it is saved, then that round is complete."""
-        args, data = self.args, self.data
-        if args.bn_stats != "running":
-            of_source = self.chosen_in(r) if args.bn_stats == "both" else []
-            images = data.target.images + [data.source.images[i] for i in of_source]
-            self.net.load_state_dict(predict.reestimate_bn(self.net, images, args.input_size_target, self.pixels,
-                                                           self.run, args.num_workers).state_dict())
-        if self.run.is_main and r:
-            checkpoint.save_weights(self.net, self.work(r - 1) / "weights.pth", self.meta(r))
-        self.save(r, "label")
-
-    # --- stage "label"
-
-    def label(self, r: int, stop: runtime.StopRequest) -> bool:
-        """Score the network that enters round r and, but in the last one, label the target. False: told to leave."""
-        args, run, c, last = self.args, self.run, len(self.classes), r == self.args.num_rounds - 1
-        net, work, report = predict.prepare(self.net), self.work(r), {"round": r}
-        progress = rounds.Progress(work / "progress.pth", run, {
-            "hist": ops.new_histogram(c, run.device), "fine": ops.new_histogram(c, run.device, fine=True),
-            "scored": torch.zeros(c, c, dtype=torch.int64, device=run.device),
-            "counted": torch.zeros(256, dtype=torch.int64, device=run.device)}, args.save_pred_every, stop)
-        load = partial(predict.image_logits, net, self.views_t, run=run, flip=args.test_flipping,
-                       workers=args.num_workers, cache={}, room=args.cache_mb << 20)
-        try:
-            report |= self.score(r, net, progress)
-            found, predicted = (None, None) if last else self.select(r, progress, load)
-        except ValueError as error:
-            raise UserError(f"round {r}: {error}. Last good checkpoint: {self.weights_before(r)}") from None
-        if not last:
-            self.write_labels(r, found, progress, load)
-        if progress.left:
-            run.say(f"stopped in round {r}; --resume goes on from {self.folder}")
-            return False
-        if not last:
-            report |= self.selection_report(r, found, predicted, run.sum(progress.counts["counted"]))
-            run.say(f"round {r}: portion {report['target_portion']:.3g}, {100 * report['labelled_share']:.1f} % of the "
-                    f"pixels labelled, {report['source_images']} source images; rare: "
-                    f"{', '.join(report['rare']) or 'none'}; mined: {', '.join(report['mine']) or 'none'}\n"
-                    f"{rounds.round_table(report)}")
-        self.reports = [*self.reports, report]
-        if run.is_main:
-            rounds.write_text(work / "report.json", json.dumps(report, indent=1) + "\n")
-            rounds.write_rounds(self.reports, self.folder)
-        self.optimizer = self.new_optimizer()
-        self.save(r, "train")
-        return True
-
-    def score(self, r: int, net: nn.Module, progress: rounds.Progress) -> dict[str, object]:
-        """The validation set's entries of the report; the best weights so far are kept."""
-        args, run, data, classes = self.args, self.run, self.data, self.classes
-        load = partial(predict.load_views, self.views_v, workers=args.num_workers)
-        for index, item in progress.sweep(0, 0 if self.views_v is None else len(self.views_v), load):
-            label = predict.predict(net, item.tensors, item.image.shape[1::-1], run, flip=args.score_flipping)
-            progress.counts["scored"] += score_label(label, data.validation.truth(index), len(classes),
-                                                     data.task.ignore)
-        if self.views_v is None or progress.left:
-            return {}
-        self.confusion = run.sum(progress.counts["scored"]).cpu()
-        score = 100 * mean_iou(self.confusion.numpy())
-        best = max((x["mIoU"] for x in self.reports), default=None)
-        if run.is_main and (best is None or score > best):
-            checkpoint.save_weights(self.net, self.folder / "best.pth", {**self.meta(r), "mIoU": score})
-        run.say(f"round {r}: target mIoU {score:.2f}"
-                + ("" if best is None else f" (best so far {max(best, score):.2f})"))
-        if 0 < r == args.num_rounds - 1:
-            require_diverse(self.confusion.sum(0), classes, args.collapse, r, self.weights_before(r))
-        return {"mIoU": score, "iou": iou_dict(classes, self.confusion.numpy())["iou"]}
-
-    def select(self, r: int, progress: rounds.Progress, load: Callable
-               ) -> tuple[ops.Thresholds | None, Tensor | None]:
-        """Zou et al., algorithm 2: the k-th largest confidence of each class; (thresholds, predicted pixels [C])."""
-        args, run = self.args, self.run
-        options = dict(prior=self.prior_here, ds_rate=args.ds_rate, value=args.kc_value)
-        hist, fine = progress.counts["hist"], progress.counts["fine"]
-        threshold = partial(ops.select_threshold, portion=self.target_portion(r), pooled=args.kc_policy == "global")
-        for index, (shape, logits) in progress.sweep(1, len(self.views_t), load):
-            if self.prior is not None and self.prior.shape[1:] != shape:
-                raise UserError(f"{self.data.target.images[index]} is {shape[1]}x{shape[0]}, the spatial prior "
-                                f"{self.prior.shape[2]}x{self.prior.shape[1]}: target images must have its size")
-            ops.confidence_histogram_(hist, logits[0], shape, flipped=mirrored(logits), **options)
-        if progress.left:
-            return None, None
-        counted = run.sum(hist)
-        predicted, bins = ops.predicted_pixels(counted), threshold(counted).bins
-        del counted  # 2 MiB a class
-        require_diverse(predicted, self.classes, args.collapse, r, self.weights_before(r))
-        for _, (shape, logits) in progress.sweep(2, len(self.views_t), load):
-            ops.refine_histogram_(fine, bins, logits[0], shape, flipped=mirrored(logits), **options)
-        return None if progress.left else threshold(run.sum(hist), fine=run.sum(fine)), predicted
+        return source_sample(self.sources, share, args.random_seed, r, args.src_sampling_policy)
 
     def target_portion(self, r: int) -> float:
         return portion(self.args.init_tgt_port, self.args.tgt_port_step, self.args.max_tgt_port, r)
 
-    def labelled(self, r: int) -> ImageFolder:
-        """The target with the labels of round r."""
-        folder = copy.copy(self.data.target)
-        folder.labels = [rounds.label_file(self.work(r) / "pseudo_labels", folder, i) for i in range(len(folder))]
-        return folder
+    def steps(self, r: int) -> int:
+        images = len(self.source_images(r)) + self.targets
+        return max(1, self.args.epr * images // (self.args.batch_size * self.world))
 
-    def write_labels(self, r: int, found: ops.Thresholds | None, progress: rounds.Progress, load: Callable) -> None:
-        """pseudo_labels with their description, and source.txt."""
-        args, work, labelled = self.args, self.work(r), self.labelled(r)
-        for index, (shape, logits) in progress.sweep(3, len(self.views_t), load):
-            if args.lr_weight_ent:
-                (work / "logits").mkdir(parents=True, exist_ok=True)
-                np.save(work / f"logits/{index}.npy", logits.cpu().numpy())
-                label = soft_selection(logits.cpu(), shape, found.value.cpu(), args.lr_weight_ent, self.prior)
-            else:
-                label = ops.pseudo_label(logits[0], found.value, shape, flipped=mirrored(logits),
-                                         prior=self.prior_here)
-            label = label.cpu().numpy()
-            counted = torch.from_numpy(np.bincount(label.ravel(), minlength=256))
-            progress.counts["counted"] += counted.to(self.run.device)
-            rounds.write_png(Image.fromarray(self.to_ids[label]), labelled.labels[index])
-            if args.save_color:
-                rounds.write_png(visual.colour_map(label, self.data.palette),
-                                 rounds.label_file(work / "pseudo_labels_color", self.data.target, index))
-        if self.run.is_main and not progress.left:
-            rounds.write_description(labelled, work, self.folder / str(r))
-            source = self.data.source
-            rounds.write_list([source.images[i] for i in self.chosen_in(r)], source.root, work / "source.txt")
-
-    def selection_report(self, r: int, found: ops.Thresholds, predicted: Tensor, counted: Tensor) -> dict[str, object]:
-        """The labels' entries of the report. counted: pixels [256] by label."""
-        classes = self.classes
-        rare, mine = rare_classes(predicted, self.args.rare_cls_num, self.args.mine_port)
-        report = {"target_portion": self.target_portion(r), "source_images": len(self.chosen_in(r))}
-        report |= {key: dict(zip(classes, values.tolist(), strict=True)) for key, values in (
-            ("thresholds", found.value), ("selected", found.selected), ("predicted", predicted),
-            ("labelled", counted[:len(classes)]))}
-        return report | {"labelled_share": sum(report["labelled"].values()) / int(counted.sum()),
-                         "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
-
-    # --- stage "train"
-
-    def training_set(self, r: int) -> RoundSet:
-        """The source subset and the pseudo-labels of round r."""
-        args, data, work, report, labelled = self.args, self.data, self.work(r), self.reports[r], self.labelled(r)
-        labelled.description = load_description(work / "pseudo_labels.json")
-        labelled.table = label_table(labelled.description, self.classes)
-        labelled.table[labelled.table == labelled.description.ignore] = IGNORE
-        if self.run.is_main and args.save_num_images:
-            rounds.draw_labels(data, labelled, args.save_num_images, work / "pictures.png")
-        soft = None
-        if args.lr_weight_ent:
-            soft = work / "logits", torch.tensor(list(report["thresholds"].values())), args.lr_weight_ent, self.prior
-        crop = dict(crop=args.crop_size, pixels=self.pixels, scale=args.random_scale, mirrored=args.random_mirror)
-        return RoundSet(data.source, self.chosen_in(r), labelled, crop, (args.input_size, args.input_size_target),
-                        [self.classes.index(name) for name in report["mine"]], args.mine_chance,
-                        (args.random_seed, r), soft)
-
-    def fit(self, r: int, first_step: int, stop: runtime.StopRequest, log: runtime.Log) -> bool:
-        """The training of round r from a step on. False: told to leave."""
-        args, run, steps, offset = self.args, self.run, self.steps_of(r), self.steps_before(r)
-        batches = endless(self.training_set(r), args.batch_size, args.num_workers, seed=1000 * args.random_seed + r,
-                          start=first_step, rank=run.rank, world=run.world, pin=run.device.type == "cuda")
-        set_train_mode(self.net, freeze_bn=not args.is_training)
-        for i in range(first_step, steps):
-            lr = set_poly_lr(self.optimizer, args.learning_rate, i, steps, args.power)
-            self.optimizer.zero_grad()
-            batch = next(batches)
-            losses = self_training_backward(
-                self.net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
-                mr_weight_kld=args.mr_weight_kld, run=run, scale=self.scaler.scale)
-            values = run.mean_values({key: loss.detach() for key, loss in losses.items()})
-            where = offset + i + 1, batch.name, Path(self.weights_before(r + 1))
-            runtime.require_finite(values, *where)
-            run.average_gradients([self.net])
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-
-            done = i + 1
-            runtime.require_finite_weights([self.net], *where)
-            log.step()
-            if done % args.log_every == 0 or done == steps:
-                log.losses(offset + done, {"round": r, **values, "lr": lr})
-            leaving = run.any(stop.signal is not None)
-            if leaving or done % args.save_pred_every == 0:
-                self.save(r, "train", done)
-            if leaving:
-                run.say(f"stopped in round {r} after step {done} of {steps}; --resume goes on from {self.folder}")
-                return False
-        return True
+    def steps_before(self, r: int) -> int:
+        return sum(map(self.steps, range(r)))
 
 
-def say_header(this: SelfTraining, first: int) -> None:
-    args, run, data = this.args, this.run, this.data
-    kld = f"MRKLD with weight {args.mr_weight_kld} (what --mr-weight-kld {args.mr_weight_kld ** 0.5:.3g} did in the " \
-          "release)" if args.mr_weight_kld else ""
-    runtime.header(run, {
-        "kernels": ops.backend(), "weights": this.loaded,
-        "network": "{model} {arch}, {n} classes, ASPP {aspp}".format(**this.known, n=len(data.classes)),
+class Rounds:
+    """How far a run has come. A round is labelled (stage "label"), then trained on (stage "train")."""
+
+    def __init__(self):
+        self.number, self.stage = 0, "label"
+        self.reports: list[dict] = []         # of the rounds that were labelled, or at the end only scored
+        self.confusion: Tensor | None = None  # of the network that entered the last one, on the validation set
+
+    def state_dict(self) -> dict:
+        return vars(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def train(args: argparse.Namespace) -> Session:
+    """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
+    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
+                        deterministic=args.deterministic)
+    ops.use(args.ops)
+    folder = Path(args.snapshot_dir)
+    data = open_data(args)
+    if args.check_data:
+        run.say(f"all files of {args.source} and {args.target} are fine")
+        raise SystemExit(0)
+
+    net, known, loaded = open_network(args, data.classes)
+    pixels = known["pixels"]
+    set_bn_affine(net, args.bn_affine == "train")
+    net = run.place_net(net, sync_bn=args.is_training, compiled=args.compile)
+    optimizer = deeplab_sgd(net, args.sgd, args.learning_rate, args.momentum, args.weight_decay)
+    scaler = run.scaler()
+    schedule, rounds = Schedule(args, len(data.source), len(data.target), run.world), Rounds()
+    views = predict.ViewSet(data.target.images, args.input_size_target, pixels, (args.eval_scale,))
+    validation_views = None if data.validation is None else predict.ViewSet(
+        data.validation.images, args.input_size_target, pixels, args.test_scales)
+    with Image.open(data.target.images[0]) as image:
+        size = list(args.input_size_target or image.size)
+
+    def meta_of(_: int) -> dict[str, object]:
+        return {"script": "train_cbst.py", "round": rounds.number, "task": args.target, "classes": list(data.classes),
+                "size": size, "align_corners": True,
+                **{key: known[key] for key in ("model", "arch", "aspp", "stride_on", "pixels")}}
+
+    def labels_of(r: int) -> PseudoLabels:
+        return PseudoLabels(data, work=folder / f"{r}.partial", final=folder / str(r))
+
+    def weights_before(r: int) -> str:
+        """The weights that entered the round before r: the last good ones if those that enter r have gone wrong."""
+        return str(folder / f"{r - 2}/weights.pth") if r > 1 else args.restore_from
+
+    def require_diverse(r: int, pixels: Tensor) -> None:
+        """Stop where one class has almost all predicted pixels [C] of the network that enters round r."""
+        share = pixels.double() / pixels.sum()
+        if share.max() > args.collapse:
+            what, advice = ("the network to start from", "Try") if r == 0 else (
+                f"the network trained in round {r - 1}",
+                f"Last good checkpoint: {weights_before(r)}. Try a lower --learning-rate or")
+            raise UserError(f"round {r}: {what} has collapsed: {100 * share.max():.1f} % of the pixels are "
+                            f"'{data.classes[int(share.argmax())]}' (--collapse {args.collapse}). {advice} another BN "
+                            "mode (--is-training, --bn-stats target) and the --pixels of the network's training")
+
+    def enter(r: int) -> None:
+        """The network is what enters round r; as the result of round r - 1 it is saved, and that round is complete."""
+        if args.bn_stats != "running":
+            of_source = schedule.source_images(r) if args.bn_stats == "both" else []
+            images = data.target.images + [data.source.images[i] for i in of_source]
+            net.load_state_dict(predict.reestimate_bn(net, images, args.input_size_target, pixels, run,
+                                                      args.num_workers).state_dict())
+        rounds.number, rounds.stage = r, "label"
+        if run.is_main and r:
+            checkpoint.save_weights(net, folder / f"{r - 1}.partial/weights.pth", meta_of(0))
+        session.save()
+
+    labels_of(0)  # refuses a folder that cannot hold a data set
+    last = args.num_rounds - 1
+    with Session(run, args, folder, {"": net}, [optimizer], scaler=scaler, meta=meta_of,
+                 extra_state={"rounds": rounds}, free={"num_rounds", "save_color", "cache_mb"}) as session:
+        prior = open_prior(args, data, folder, run)
+        session.header(header(args, run, data, known, loaded, schedule, rounds))
+        if session.resumed:
+            session.last_good = Path(weights_before(rounds.number))
+            if rounds.stage == "train" and "thresholds" not in rounds.reports[-1] and rounds.number < last:
+                # a run that ended with fewer --num-rounds only scored its last round: it is labelled now
+                rounds.stage, rounds.reports = "label", rounds.reports[:-1]
+                reopen_round(folder, rounds.number, run)
+        else:
+            if args.overwrite and run.is_main:
+                remove_rounds(folder)
+            enter(0)
+        if args.subset is not None and run.is_main:
+            write_list(data.target.images, data.target.domain.root, folder / "subset.txt")
+
+        for r in range(rounds.number, args.num_rounds):
+            complete_rounds(folder, r, run)
+            files = labels_of(r)
+            if rounds.stage == "label":
+                fast = predict.prepare(net)
+                counts = {"hist": ops.new_histogram(len(data.classes), run.device),
+                          "fine": ops.new_histogram(len(data.classes), run.device, fine=True),
+                          "scored": torch.zeros(2 * [len(data.classes)], dtype=torch.int64, device=run.device),
+                          "labelled": torch.zeros(256, dtype=torch.int64, device=run.device)}
+                passes = Passes(PASSES, files.work / "progress.pth", run, counts, args.save_pred_every, session.stop)
+                how = Labelling(fast, views, None if prior is None else prior.to(run.device),
+                                schedule.target_portion(r), args, run, cache={})
+                report = {"round": r}
+                try:
+                    if validation_views is not None:
+                        rounds.confusion = score(fast, data, validation_views, passes, run, flip=args.score_flipping,
+                                                 workers=args.num_workers)
+                    if validation_views is not None and not passes.leaving:
+                        report |= keep_best(rounds, net, data, folder, meta_of(0), run)
+                        if 0 < r == last:
+                            require_diverse(r, rounds.confusion.sum(0))
+                    if r < last:
+                        thresholds, predicted = choose_thresholds(how, passes, partial(require_diverse, r))
+                except ValueError as error:
+                    raise UserError(f"round {r}: {error}. Last good checkpoint: {weights_before(r)}") from None
+                if r < last and not passes.leaving:
+                    labelled = write_labels(how, passes, thresholds.value, files)
+                if session.leave_if_asked():
+                    break
+                if r < last:
+                    report |= {"target_portion": how.portion, "source_images": len(schedule.source_images(r)),
+                               **selection_report(data.classes, thresholds, predicted, labelled,
+                                                  rare_cls_num=args.rare_cls_num, mine_port=args.mine_port)}
+                    run.say(f"round {r}: portion {how.portion:.3g}, {100 * report['labelled_share']:.1f} % of the "
+                            f"pixels labelled, {report['source_images']} source images; rare: "
+                            f"{', '.join(report['rare']) or 'none'}; mined: {', '.join(report['mine']) or 'none'}\n"
+                            f"{selection_table(report)}")
+                rounds.reports, rounds.stage = [*rounds.reports, report], "train"
+                if run.is_main:
+                    if r < last:
+                        files.describe()
+                        write_list([data.source.images[i] for i in schedule.source_images(r)],
+                                   data.source.domain.root, files.work / "source.txt")
+                    write_text(files.work / "report.json", json.dumps(report, indent=1) + "\n")
+                    write_rounds(rounds.reports, folder / "rounds.jsonl")
+                optimizer.state.clear()  # each round trains with a fresh momentum
+                session.save()
+            if r == last:
+                break
+
+            images = training_set(args, data, files, schedule.source_images(r), rounds.reports[r], prior, pixels, run)
+            before = schedule.steps_before(r)
+            batches = session.batches(images, 1000 * args.random_seed + r, start=session.iteration - before)
+            set_train_mode(net, freeze_bn=not args.is_training)
+            for i in session.steps(before + schedule.steps(r), first=before, total=schedule.steps_before(last)):
+                lr = set_poly_lr(optimizer, args.learning_rate, i - before, schedule.steps(r), args.power)
+                optimizer.zero_grad()
+                batch = next(batches)
+                losses = step(net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
+                              mr_weight_kld=args.mr_weight_kld, run=run, scale=scaler.scale)
+                run.average_gradients([net])
+                scaler.step(optimizer)
+                scaler.update()
+                session.end_step(losses, batch.name, round=r, lr=lr)
+            if session.exit_code:
+                break
+            enter(r + 1)
+        if not session.exit_code:
+            complete_rounds(folder, args.num_rounds, run)
+            if rounds.confusion is not None:
+                say_result(rounds, data, run)
+    session.validation = predict.Validation(data, args.input_size_target, pixels, run, folder, bn_stats="running",
+                                            workers=args.num_workers, max_pictures=0) if data.validation else None
+    if session.validation and rounds.confusion is not None:
+        session.validation.confusion = rounds.confusion.numpy()
+    return session
+
+
+def header(args: argparse.Namespace, run: runtime.Run, data: DomainPair, known: Mapping, loaded: str,
+           schedule: Schedule, rounds: Rounds) -> dict[str, object]:
+    kld = [f"MRKLD with weight {args.mr_weight_kld} (what --mr-weight-kld {args.mr_weight_kld ** 0.5:.3g} did in the "
+           "release)"] if args.mr_weight_kld else []
+    prior = f", spatial prior {args.spatial_prior}" if args.spatial_prior else ""
+    summary = data.summary("", "")
+    return {
+        "weights": loaded,
+        "network": f"{known['model']} {known['arch']}, {len(data.classes)} classes, ASPP {known['aspp']}",
         "batch norm": f"weights {'train' if args.bn_affine == 'train' else 'frozen'}, statistics "
                       f"{'update' if args.is_training else 'frozen'}"
                       + {"running": "", "target": ", re-estimated on the target for each round",
                          "both": ", re-estimated on both domains for each round"}[args.bn_stats],
-        "pixels": this.pixels,
-        "source": f"{len(data.source)} images of {args.source}, {len(this.chosen_in(0))} in round 0",
-        "target": f"{len(data.target)} images of {args.target} to label",
-        "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
+        "pixels": known["pixels"],
+        "source": f"{len(data.source)} images of {args.source}, {len(schedule.source_images(0))} in round 0",
+        "target": f"{len(data.target)} images of {args.target} to label", "validation": summary["validation"],
         "thresholds": {"cb": "one per class", "global": "one for all classes"}[args.kc_policy]
-                      + f" ({args.kc_value})" + f", spatial prior {args.spatial_prior}" * (this.prior is not None),
-        "losses": ", ".join(x for x in ("soft labels (LRENT)" if args.lr_weight_ent else "hard labels", kld) if x),
+                      + f" ({args.kc_value}){prior}",
+        "losses": ", ".join(["soft labels (LRENT)" if args.lr_weight_ent else "hard labels", *kld]),
         "batch": f"{args.batch_size * run.world} images a step = {args.batch_size} x {run.world} processes",
-        "rounds": f"{first} to {args.num_rounds - 1}, {this.steps_before(args.num_rounds - 1)} steps, SGD {args.sgd}",
-        "output": this.folder})
+        "rounds": f"{rounds.number} to {args.num_rounds - 1}, {schedule.steps_before(args.num_rounds - 1)} steps, "
+                  f"SGD {args.sgd}"}
 
 
-def train(args: argparse.Namespace) -> Outcome | int:
-    """One run; returns its outcome, or an exit code when it was asked to leave early."""
-    run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
-                        deterministic=args.deterministic)
-    ops.use(args.ops)
-    data = open_data(args)
-    if args.check_data:
-        run.say(f"all files of {args.source} and {args.target} are fine")
-        return 0
-    this = SelfTraining(args, run, data)
-    folder, found = this.folder, this.resume()
-    first, stage, first_step = found or (0, "label", 0)
-    say_header(this, first)
-    if args.compile:
-        this.net.compile()
-    if not found:
-        this.enter(0)
-    if args.subset is not None and run.is_main:
-        rounds.write_list(data.target.images, data.target.root, folder / "subset.txt")
-    tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = runtime.Log(run, folder / "log.jsonl", this.steps_before(first) + first_step,
-                      this.steps_before(args.num_rounds - 1), tensorboard)
+def keep_best(rounds: Rounds, net: nn.Module, data: DomainPair, folder: Path, meta: Mapping,
+              run: runtime.Run) -> dict[str, object]:
+    """Report the scores of the network that enters a round; its weights are kept where they are the best so far."""
+    miou = 100 * mean_iou(rounds.confusion.numpy())
+    best = max((report["mIoU"] for report in rounds.reports), default=None)
+    if run.is_main and (best is None or miou > best):
+        checkpoint.save_weights(net, folder / "best.pth", {**meta, "mIoU": miou})
+    so_far = "" if best is None else f" (best so far {max(best, miou):.2f})"
+    run.say(f"round {rounds.number}: target mIoU {miou:.2f}{so_far}")
+    return {"mIoU": miou, "iou": iou_dict(data.classes, rounds.confusion.numpy())["iou"]}
 
-    with runtime.StopRequest() as stop:
-        for r in range(first, args.num_rounds):
-            if run.is_main:
-                rounds.complete(folder, r, drop=("progress.pth", "logits"))
-            run.barrier()
-            last = r == args.num_rounds - 1
-            if (stage == "label" and not this.label(r, stop)) or not (last or this.fit(r, first_step, stop, log)):
-                log.close()
-                return 128 + (stop.signal or 0)
-            if not last:
-                this.enter(r + 1)
-            stage, first_step = "label", 0
-    if run.is_main:
-        rounds.complete(folder, args.num_rounds, drop=("progress.pth", "logits"))
-    log.close()
-    confusion = None if this.confusion is None else this.confusion.numpy()
-    if confusion is not None:
-        run.say(iou_table(data.classes, {"last": confusion}))
-        scores = [report["mIoU"] for report in this.reports]
-        run.say(f"target mIoU by round: {', '.join(f'{x:.2f}' for x in scores)}; last {scores[-1]:.2f}, best "
-                f"{max(scores):.2f} (round {int(np.argmax(scores))}, chosen on the validation set)")
-    run.barrier()
-    return Outcome(this.net, data, confusion, this.pixels)
+
+def say_result(rounds: Rounds, data: DomainPair, run: runtime.Run) -> None:
+    run.say(iou_table(data.classes, {"IoU": rounds.confusion.numpy()}))
+    scores = [report["mIoU"] for report in rounds.reports]
+    run.say(f"target mIoU by round: {', '.join(f'{x:.2f}' for x in scores)}; last {scores[-1]:.2f}, best "
+            f"{max(scores):.2f} (round {int(np.argmax(scores))}, chosen on the validation set)")
+
+
+def training_set(args: argparse.Namespace, data: DomainPair, files: PseudoLabels, source_images: Sequence[int],
+                 report: Mapping, prior: Tensor | None, pixels: str, run: runtime.Run) -> RoundSet:
+    """The source subset and the pseudo-labels of a round."""
+    if run.is_main and args.save_num_images:
+        files.draw(args.save_num_images, files.work / "pictures.png")
+    soft = None
+    if args.lr_weight_ent:
+        soft = files.work / "logits", torch.tensor(list(report["thresholds"].values())), args.lr_weight_ent, prior
+    crop = dict(crop=args.crop_size, pixels=pixels, scale=args.random_scale, mirrored=args.random_mirror)
+    return RoundSet(data.source, source_images, files.open(), crop, (args.input_size, args.input_size_target),
+                    [data.classes.index(name) for name in report["mine"]], args.mine_chance,
+                    (args.random_seed, report["round"]), soft)
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
 
 
 def train_start(args: argparse.Namespace, path: Path) -> None:
@@ -833,8 +798,8 @@ def train_start(args: argparse.Namespace, path: Path) -> None:
         set_poly_lr(optimizer, DEMO_START_RATE, i, DEMO_START_STEPS, 0.9)
         optimizer.zero_grad()
         batch = next(batches)
-        losses = self_training_backward(net, run.place(batch.image), batch.label.to(run.device),
-                                        batch.on_target.to(run.device), mr_weight_kld=0.0, run=run)
+        losses = step(net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
+                      mr_weight_kld=0.0, run=run)
         run.average_gradients([net])
         optimizer.step()
         if (i + 1) % 50 == 0:
@@ -849,31 +814,31 @@ def train_start(args: argparse.Namespace, path: Path) -> None:
 
 def demo(args: argparse.Namespace) -> int:
     """Train on the rendered source, then rounds; print the tables, draw result/demo_cbst/report.png."""
-    args.restore_from = args.restore_from or f"{args.snapshot_dir}/start.pth"
-    if not Path(args.restore_from).exists():
-        train_start(args, Path(args.restore_from))
-    outcome = train(args)
-    if isinstance(outcome, int):
-        return outcome
-    run = runtime.Run(next(outcome.net.parameters()).device, 0, 1, "off")
+    if args.restore_from is None:
+        args.restore_from = f"{args.snapshot_dir}/start.pth"
+        if args.resume is False or not Path(args.restore_from).exists():
+            train_start(args, Path(args.restore_from))
+    session = train(args)
+    if session.exit_code:
+        return session.exit_code
     weights, meta = checkpoint.read_weights(args.restore_from)
-    start = build(meta["model"], len(outcome.data.classes), meta["arch"], meta["aspp"], meta["stride_on"])
+    data, run = session.validation.data, session.run
+    start = build(meta["model"], len(data.classes), meta["arch"], meta["aspp"], meta["stride_on"])
     start.load_state_dict(weights)
-    confusion = predict.score(start.to(run.device), outcome.data.validation, args.input_size_target, outcome.pixels,
-                              len(outcome.data.classes), run, workers=args.num_workers)
-    predict.compare((start, confusion), (outcome.net, outcome.confusion), outcome.data, args.input_size_target,
-                    outcome.pixels, run, Path("result/demo_cbst/report.png"), bn_stats="running",
-                    workers=args.num_workers)
+    scored = predict.Validation(data, args.input_size_target, session.validation.pixels, run, session.folder,
+                                bn_stats="running", workers=args.num_workers, max_pictures=0)
+    scored.confusion = predict.score(start.to(run.device), data.validation, args.input_size_target, scored.pixels,
+                                     len(data.classes), run, workers=args.num_workers)
+    compare(start, scored, session.net, session.validation, Path("result/demo_cbst/report.png"))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.demo:
-        render_demo(Path("data/demo"), seed=args.random_seed)
+        render_demo(Path(f"data/demo/{args.random_seed}"), seed=args.random_seed)
         return demo(args)
-    outcome = train(args)
-    return outcome if isinstance(outcome, int) else 0
+    return train(args).exit_code
 
 
 if __name__ == "__main__":

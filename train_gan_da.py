@@ -1,7 +1,7 @@
 """LSD: GAN-based alignment of features.
 
 Sankaranarayanan, Balaji, Jain, Lim, Chellappa: "Learning from Synthetic Data: Addressing Domain Shift for Semantic
-Segmentation", CVPR 2018, https://arxiv.org/abs/1711.06969. Results: README.md, section "GAN-based feature alignment".
+Segmentation", CVPR 2018, https://arxiv.org/abs/1711.06969. Results: docs/gan_da.md.
 
     python train_gan_da.py --demo                    # a miniature pair, minutes on a laptop
     python train_gan_da.py --restore-from imagenet   # data/GTA5 to data/Cityscapes/data
@@ -11,62 +11,58 @@ drawn (four classes a patch), and labels source images. F learns C's task, and e
 images that D takes for real target images, and the reverse (table 1). An iteration updates D, then G, then F with C:
 
     --order recomputed (default): each with the weights just updated, as a GAN is written down, and with a third less
-        memory than the others (README.md). Passes are repeated only where weights changed: F runs once an image, G
-        twice (before and after its step), D on four images for itself, then on the two drawn ones for G and again for
-        F. --low-memory runs F a second time, with dropout masks of its own, instead of holding its activations while D
-        and G are updated.
+        memory than the others. Passes are repeated only where weights changed: F runs once an image, G twice (before
+        and after its step), D on four images for itself, then on the two drawn ones for G and again for F.
+        --low-memory runs F a second time, with its own dropout masks, instead of holding its activations while D and
+        G are updated.
     --order gradients_before_steps: one pass of everything, all gradients with the old weights, then the three steps;
         a fifth faster.
-    --order released: one pass of everything, but a step behind each gradient, so that the later backward passes combine
-        new weights with old activations. The release did that, on a PyTorch that let it pass.
+    --order released: one pass of everything, with a step right after each gradient, so that the later backward passes
+        combine new weights with old activations. The release did that, on a PyTorch that did not notice.
 
 Deviations from the release: images of any size (G's transposed convolutions are told the size they should reach, and
-what remains is cropped); label maps for D are never transposed; the L1 term, a mean over the batch, is not divided by
-the batch once more; D's fakes carry no gradient into G and F (the release cleared it unused). The paper's residual
-blocks have two convolutions, the release's, and these, one. --padding same and --base deeplab are additions.
+what remains is cropped); label maps for D are never transposed; D's fakes carry no gradient into G and F (the release
+cleared it unused). The paper's residual blocks have two convolutions, the release's, and these, one. --padding same and
+--base deeplab are additions.
 """
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime, visual
-from lib.datasets.demo import render_demo
-from lib.datasets.description import load_description
-from lib.datasets.folder import DomainPair, endless, open_pair
-from lib.datasets.transforms import PIXELS, Augment
+from lib.datasets.description import Domain, load_description
+from lib.datasets.folder import DomainPair, open_pair
+from lib.datasets.transforms import PIXELS, Augment, to_image
+from lib.demo.comparison import train_and_compare
+from lib.demo.streets import render_demo
 from lib.errors import UserError
-from lib.models.deeplab import ARCHITECTURES, Deeplab, set_bn_affine
+from lib.models.deeplab import Deeplab, set_bn_affine, upsample
 from lib.models.fcn8s import FCN8s, scaled
 from lib.runtime import as_float32
+from lib.session import Session
 
 SOURCE_REAL, SOURCE_FAKE, TARGET_REAL, TARGET_FAKE = range(4)  # D's domain classes
 # l1, adv, c for each reduction. sum: published, sums over pixels and patches against the one mean of L1. mean: averages
 # of every term, with weights that let L1 shape G and D reach F within a short training from random weights (not tuned);
 # the published ratios would be (1 / number of D's patches, 0.1 / 64, 0.1 / 64).
 WEIGHTS = {"sum": (1.0, 0.1, 0.1), "mean": (10.0, 0.1, 0.1)}
-# Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
-FREE_ARGUMENTS = {"resume", "num_workers", "num_steps", "save_pred_every", "eval_every", "log_every", "log_dir",
-                  "tensorboard", "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile"}
 # --demo: settings for a narrow FCN-8s from random weights on the rendered pair; any flag given besides wins.
-DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
-            width=0.125, padding="same", input_size=(96, 48), input_size_target=(96, 48), reduction="mean",
-            batch_size=4, num_steps=1200, learning_rate=1e-3, lr_g=1e-3, lr_d=3e-4, lr_epochs=15, adv_weight=0.03,
-            random_mirror=True, snapshot_dir="snapshots/demo_gan", save_pred_every=1200, eval_every=1200, num_workers=0)
+DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_gan/{seed}", width=0.125, padding="same",
+            input_size=(96, 48), input_size_target=(96, 48), reduction="mean", batch_size=4, num_steps=1200,
+            learning_rate=1e-3, lr_g=1e-3, lr_d=3e-4, lr_epochs=15, adv_weight=0.03, random_mirror=True,
+            save_pred_every=1200, eval_every=1200)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = flags.parser(__doc__)
     method = p.add_argument_group("method")
     method.add_argument("--method", choices=["LSD", "sourceonly"], default="LSD")
     method.add_argument("--source-only", dest="method", action="store_const", const="sourceonly",
@@ -81,41 +77,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--order", choices=["recomputed", "gradients_before_steps", "released"], default="recomputed",
                         help="which weights each gradient is taken with")
     method.add_argument("--low-memory", action="store_true", help="recomputed: run F twice, hold one graph at a time")
-    method.add_argument("--demo", action="store_true", help="render a small pair, train source-only and adapted")
-    net = p.add_argument_group("networks")
+    net = flags.add_network(p)
     net.add_argument("--base", choices=["fcn8s", "deeplab"], default="fcn8s", help="F and C")
-    net.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101", help="of --base deeplab")
     net.add_argument("--width", type=flags.positive, default=1.0, help="share of the channels of FCN-8s, G and D")
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
-    net.add_argument("--dropout", type=flags.below_one, default=0.5, help="behind fc6 and fc7")
-    net.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
-    net.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
-    net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
-    net.add_argument("--num-classes", type=flags.count, help="how many of the target's classes (default: all shared)")
-    data = p.add_argument_group("data")
+    net.add_argument("--dropout", type=flags.below_one, default=0.5, help="after fc6 and fc7")
+    data = flags.add_data(p)
     data.add_argument("--dataroot", help="folder that takes the place of data/ in the descriptions' folders")
-    data.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
-    data.add_argument("--target", default="cityscapes", help="likewise")
-    data.add_argument("--data-dir", help="source folder (default: the description's)")
-    data.add_argument("--data-list", help="file with one source image a line")
-    data.add_argument("--source-set", help="set of the source (default: the description's)")
-    data.add_argument("--data-dir-target", help="target folder")
-    data.add_argument("--data-list-target", help="file with one target image a line")
-    data.add_argument("--set", help="set of the target to train on (default: the description's)")
-    data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
-    data.add_argument("--input-size", type=flags.size, help="width,height source images are resized to (default: the "
-                      "description's)")
-    data.add_argument("--input-size-target", type=flags.size, help="width,height target images are resized to")
     data.add_argument("--crop-size", type=flags.size, default=(640, 320),
                       help="width,height of the random crops of both; at most the image")
     data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
     data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
     data.add_argument("--ignore-label", type=flags.label, default=255,
                       help="class index without loss; void labels get it")
-    data.add_argument("--num-workers", type=flags.natural, default=min(4, os.cpu_count() or 1),
-                      help="loader processes of each of the two data sets")
-    data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     opt = p.add_argument_group("optimisation")
     opt.add_argument("--batchSize", "--batch-size", dest="batch_size", type=flags.count, default=1,
                      help="pairs a process")
@@ -130,29 +105,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--momentum", type=flags.below_one, default=0.9, help="of F's SGD")
     opt.add_argument("--weight_decay", "--weight-decay", type=flags.amount, default=0.0, help="of F and C")
     opt.add_argument("--lr-epochs", type=flags.natural, default=8,
-                     help="passes over the source behind which --lr falls to a tenth, again and again; 0: never")
-    out = p.add_argument_group("run")
-    out.add_argument("--logdir", "--snapshot-dir", dest="snapshot_dir", default="snapshots/gan_da",
-                     help="weights, resume file, log, pictures")
-    out.add_argument("--save-pred-every", type=flags.count, default=5000, help="iterations between snapshots")
-    out.add_argument("--interval_validate", "--eval-every", dest="eval_every", type=flags.count, default=500,
-                     help="iterations between evaluations")
-    out.add_argument("--save-num-images", type=flags.natural, default=2, help="rows of the pictures at each evaluation")
-    out.add_argument("--log-every", type=flags.count, default=10)
-    out.add_argument("--tensorboard", action="store_true")
-    out.add_argument("--log-dir", help="folder for TensorBoard (default: --logdir)")
-    out.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, by default --logdir's "
-                     "resume.pth")
-    out.add_argument("--random-seed", type=flags.natural, default=1234)
-    out.add_argument("--deterministic", action="store_true")
-    out.add_argument("--cpu", action="store_true")
-    out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
-    out.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="mixed precision")
-    out.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
-    if p.parse_known_args(argv)[0].demo:
-        p.set_defaults(**DEMO)
-    args = p.parse_args(argv)
+                     help="passes over the source after which --lr falls to a tenth, again and again; 0: never")
+    flags.add_run(p, aliases={"--snapshot-dir": "--logdir", "--eval-every": "--interval_validate"}, resume_file=True)
+    p.set_defaults(snapshot_dir="snapshots/gan_da", eval_every=500)
+    args = flags.parse(p, argv, DEMO)
     for name, value in zip(("l1_weight", "adv_weight", "c_weight"), WEIGHTS[args.reduction], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -231,22 +187,20 @@ class Generator(nn.Module):
         """(embedding, skip 1, skip 2), each [N, C, h, w] -> image [N, 3, *size] in 0..1, in F's channel order."""
         x, skip1, skip2 = embedding
         half = [(n + 2 * self.pad_image - 5) // 2 for n in size]  # before the last layer, so that it reaches ``size``
-        x = draw(self.stage1_upsample[5:], self.stage1_upsample[:5](x), skip1.shape[2:])
-        x = draw(self.stage2_upsample, torch.cat([x, skip1], 1), skip2.shape[2:])
-        x = draw(self.stage3_upsample[:5], torch.cat([x, skip2], 1), [(n + 1) // 2 for n in half])
-        x = draw(self.stage3_upsample[5:], x, half)
+        x = upsampled(self.stage1_upsample[5:], self.stage1_upsample[:5](x), skip1.shape[2:])
+        x = upsampled(self.stage2_upsample, torch.cat([x, skip1], 1), skip2.shape[2:])
+        x = upsampled(self.stage3_upsample[:5], torch.cat([x, skip2], 1), [(n + 1) // 2 for n in half])
+        x = upsampled(self.stage3_upsample[5:], x, half)
         return torch.sigmoid(self.stage4_upsample(x))[:, :, :size[0], :size[1]]
 
 
-def draw(layers: nn.Sequential, x: Tensor, size: Sequence[int]) -> Tensor:
-    """A transposed convolution, told which of the sizes that its stride allows comes nearest, and what follows it."""
+def upsampled(layers: nn.Sequential, x: Tensor, size: Sequence[int]) -> Tensor:
+    """``layers`` of x; the transposed convolution in front comes as near to ``size`` as its stride allows."""
     conv = layers[0]
     reach = [(n - 1) * conv.stride[0] - 2 * conv.padding[0] + conv.kernel_size[0] for n in x.shape[2:]]
-    size = [min(max(want, least), least + conv.stride[0] - 1) for want, least in zip(size, reach, strict=True)]
+    size = [min(max(n, smallest), smallest + conv.stride[0] - 1) for n, smallest in zip(size, reach, strict=True)]
     x = conv(x, output_size=size)
-    for layer in layers[1:]:
-        x = layer(x)
-    return x
+    return layers[1:](x)
 
 
 class Discriminator(nn.Module):
@@ -304,6 +258,7 @@ class Objective(NamedTuple):
     adv_g: float = 0.1             # fixed in the release
     valid: Tensor | None = None    # labelled pixels a process, where others hold pixels of the batch too
     valid_d: Tensor | None = None  # the same at the size of D's output
+    world: int = 1                 # processes that share the batch
 
 
 def unit(x: Tensor, pixels: str) -> Tensor:
@@ -311,6 +266,13 @@ def unit(x: Tensor, pixels: str) -> Tensor:
     p = PIXELS[pixels]
     mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
     return (x * std + mean) / (255 * p.scale)
+
+
+def normalised(image: Tensor, pixels: str) -> Tensor:
+    """The inverse of ``unit``: an image [N, 3, H, W] in 0..1 in the pixel convention of F's input."""
+    p = PIXELS[pixels]
+    mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
+    return (image.clamp(0, 1) * 255 * p.scale - mean) / std
 
 
 def label_for_d(label: Tensor, size: Sequence[int]) -> Tensor:
@@ -359,7 +321,10 @@ def loss_d(score: tuple[Tensor, Tensor], domain: int, label: Tensor | None, o: O
 def loss_g(score: tuple[Tensor, Tensor], fake: Tensor, real: Tensor, domain: int, label: Tensor | None,
            o: Objective) -> Tensor:
     """G on one domain: what it draws is like x, real for D, and (source) still shows the labels."""
-    loss = o.adv_g * loss_domain(score[0], domain, o) + o.l1 * loss_l1(fake, real)
+    l1 = loss_l1(fake, real)
+    if o.reduction == "sum":  # the release divides all of G's loss by the batch, this mean too
+        l1 = l1 / (len(real) * o.world)
+    loss = o.adv_g * loss_domain(score[0], domain, o) + o.l1 * l1
     return loss if label is None else loss + loss_label(score[1], label, o)
 
 
@@ -369,36 +334,48 @@ def loss_f(score: tuple[Tensor, Tensor], domain: int, label: Tensor | None, o: O
     return loss if label is None else loss + o.c * loss_label(score[1], label, o)
 
 
-def update(net: nn.Module, gen: nn.Module | None, dis: nn.Module | None, x_s: Tensor, y_s: Tensor, x_t: Tensor | None,
-           o: Objective, *, pixels: str, run: runtime.Run, step: Callable[[nn.Module], None], order: str = "recomputed",
-           low_memory: bool = False, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
-    """One iteration (x_t None: source only). step(module) must apply the gradients in its parameters.
+# --- one iteration ----------------------------------------------------------------------------------------------------
+
+
+class Networks(NamedTuple):
+    """F with C, G and D, each in the run's precision; outputs are in at least float32."""
+
+    net: nn.Module
+    gen: nn.Module | None
+    dis: nn.Module | None
+    run: runtime.Run
+
+    def embed(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """x -> (F(x): the embedding and two skips, C(F(x)): logits at the size of x)."""
+        with self.run.autocast():
+            *embedding, logits = self.net(x, return_features=True)
+        return embedding, as_float32(logits) if logits.shape[2:] == x.shape[2:] else upsample(logits, x.shape[2:])
+
+    def draw(self, embedding: Sequence[Tensor], real: Tensor) -> Tensor:
+        """G(F(x)), at the size of x."""
+        with self.run.autocast():
+            return as_float32(self.gen(embedding, real.shape[2:]))
+
+    def judge(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """D(image): domain and label scores of its patches."""
+        with self.run.autocast():
+            out_s, out_c = self.dis(image)
+        return as_float32(out_s), as_float32(out_c)
+
+
+def step(nets: Networks, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, o: Objective, *, pixels: str,
+         apply: Callable[[nn.Module], None], order: str = "recomputed", low_memory: bool = False,
+         scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
+    """One iteration (x_t None: source only). apply(module) must apply the gradients in its parameters.
 
     Returns the losses of D, G and F as they were minimised, and the unweighted terms a user watches.
     """
-    o = o._replace(valid=run.sum((y_s != o.ignore).sum().to(x_s.dtype)) / run.world)
-
-    def embed(x: Tensor) -> tuple[list[Tensor], Tensor]:
-        with run.autocast():
-            *embedding, logits = net(x, return_features=True)
-        logits = as_float32(logits)
-        if logits.shape[2:] != x.shape[2:]:
-            logits = F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=True)
-        return embedding, logits
-
-    def drawn(embedding: Sequence[Tensor], real: Tensor) -> Tensor:
-        with run.autocast():
-            return as_float32(gen(embedding, real.shape[2:]))
-
-    def judged(image: Tensor) -> tuple[Tensor, Tensor]:
-        with run.autocast():
-            out_s, out_c = dis(image)
-        return as_float32(out_s), as_float32(out_c)
-
+    net, gen, dis, run = nets
+    o = o._replace(valid=run.sum((y_s != o.ignore).sum().to(x_s.dtype)) / run.world, world=run.world)
     if x_t is None:
-        loss = loss_seg(embed(x_s)[1], y_s, o)
+        loss = loss_seg(nets.embed(x_s)[1], y_s, o)
         scale(loss).backward()
-        step(net)
+        apply(net)
         return {"loss_seg": loss}
 
     real_s, real_t = unit(x_s, pixels), unit(x_t, pixels)
@@ -406,99 +383,103 @@ def update(net: nn.Module, gen: nn.Module | None, dis: nn.Module | None, x_s: Te
     o = o._replace(valid_d=run.sum((y_d != o.ignore).sum().to(x_s.dtype)) / run.world)
     gen.requires_grad_(True)
     dis.requires_grad_(True)
-
     if order != "recomputed":
-        (emb_s, logits), (emb_t, _) = embed(x_s), embed(x_t)
-        fake_s, fake_t = drawn(emb_s, real_s), drawn(emb_t, real_t)
-        score_s, score_t = judged(fake_s), judged(fake_t)
-        terms = loss_seg(logits, y_s, o), loss_l1(fake_s, real_s), loss_l1(fake_t, real_t)
-        losses = {
-            dis: loss_d(judged(real_s), SOURCE_REAL, y_d, o) + loss_d(score_s, SOURCE_FAKE, None, o)
-            + loss_d(judged(real_t), TARGET_REAL, None, o) + loss_d(score_t, TARGET_FAKE, None, o),
-            gen: loss_g(score_s, fake_s, real_s, SOURCE_REAL, y_d, o)
-            + loss_g(score_t, fake_t, real_t, TARGET_REAL, None, o),
-            net: terms[0] + loss_f(score_s, TARGET_REAL, y_d, o) + loss_f(score_t, SOURCE_REAL, None, o)}
-        for module, loss in losses.items():
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            grads = torch.autograd.grad(scale(loss), parameters, retain_graph=module is not net, allow_unused=True)
-            for p, grad in zip(parameters, grads, strict=True):
-                p.grad = grad
-            if order == "released":
-                # a step that autograd does not see, as those of PyTorch before 0.4
-                with torch.autograd._unsafe_preserve_version_counter(tuple(parameters)):
-                    step(module)
-        if order != "released":
-            for module in losses:
-                step(module)
-        total_d, total_g, total_f = losses.values()
-        return {"loss_D": total_d, "loss_G": total_g, "loss_F": total_f, "loss_seg": terms[0],
-                "loss_l1": (terms[1] + terms[2]) / 2}
+        return step_of_one_pass(nets, x_s, y_s, x_t, real_s, real_t, y_d, o, order=order, apply=apply, scale=scale)
 
     # D, on images without a graph behind them
     with torch.set_grad_enabled(not low_memory):
-        (emb_s, logits), (emb_t, _) = embed(x_s), embed(x_t)
-    fake_s, fake_t = (drawn([e.detach() for e in emb], real) for emb, real in ((emb_s, real_s), (emb_t, real_t)))
+        (emb_s, logits), (emb_t, _) = nets.embed(x_s), nets.embed(x_t)
+    fake_s, fake_t = (nets.draw([e.detach() for e in emb], real) for emb, real in ((emb_s, real_s), (emb_t, real_t)))
     total_d = 0.0
     for image, domain, label in ((real_s, SOURCE_REAL, y_d), (fake_s.detach(), SOURCE_FAKE, None),
                                  (real_t, TARGET_REAL, None), (fake_t.detach(), TARGET_FAKE, None)):
-        loss = loss_d(judged(image), domain, label, o)
+        loss = loss_d(nets.judge(image), domain, label, o)
         scale(loss).backward()
         total_d = total_d + loss.detach()
-    step(dis)
+    apply(dis)
 
     # G, whose drawings are still those of its weights; D judges them anew
     dis.requires_grad_(False)
     total_g, l1 = 0.0, 0.0
     for fake, real, domain, label in ((fake_s, real_s, SOURCE_REAL, y_d), (fake_t, real_t, TARGET_REAL, None)):
-        loss = loss_g(judged(fake), fake, real, domain, label, o)
+        loss = loss_g(nets.judge(fake), fake, real, domain, label, o)
         scale(loss).backward()
         total_g, l1 = total_g + loss.detach(), l1 + loss_l1(fake.detach(), real) / 2
-    step(gen)
+    apply(gen)
     del fake, fake_s, fake_t
 
     # F and C: drawn and judged with the new G and D
     gen.requires_grad_(False)
     if low_memory:
-        emb_s, logits = embed(x_s)
+        emb_s, logits = nets.embed(x_s)
     seg = loss_seg(logits, y_s, o)
-    loss = seg + loss_f(judged(drawn(emb_s, real_s)), TARGET_REAL, y_d, o)
+    loss = seg + loss_f(nets.judge(nets.draw(emb_s, real_s)), TARGET_REAL, y_d, o)
     scale(loss).backward()
     del emb_s, logits
     total_f = loss.detach()
     if low_memory:
-        emb_t, _ = embed(x_t)
-    loss = loss_f(judged(drawn(emb_t, real_t)), SOURCE_REAL, None, o)
+        emb_t, _ = nets.embed(x_t)
+    loss = loss_f(nets.judge(nets.draw(emb_t, real_t)), SOURCE_REAL, None, o)
     scale(loss).backward()
-    step(net)
+    apply(net)
     return {"loss_D": total_d, "loss_G": total_g, "loss_F": total_f + loss, "loss_seg": seg, "loss_l1": l1}
+
+
+def step_of_one_pass(nets: Networks, x_s: Tensor, y_s: Tensor, x_t: Tensor, real_s: Tensor, real_t: Tensor, y_d: Tensor,
+                     o: Objective, *, order: str, apply: Callable[[nn.Module], None],
+                     scale: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The orders gradients_before_steps and released: all losses from one pass with the old weights."""
+    net, gen, dis, _ = nets
+    (emb_s, logits), (emb_t, _) = nets.embed(x_s), nets.embed(x_t)
+    fake_s, fake_t = nets.draw(emb_s, real_s), nets.draw(emb_t, real_t)
+    score_s, score_t = nets.judge(fake_s), nets.judge(fake_t)
+    seg, l1_s, l1_t = loss_seg(logits, y_s, o), loss_l1(fake_s, real_s), loss_l1(fake_t, real_t)
+    losses = {
+        dis: loss_d(nets.judge(real_s), SOURCE_REAL, y_d, o) + loss_d(score_s, SOURCE_FAKE, None, o)
+        + loss_d(nets.judge(real_t), TARGET_REAL, None, o) + loss_d(score_t, TARGET_FAKE, None, o),
+        gen: loss_g(score_s, fake_s, real_s, SOURCE_REAL, y_d, o)
+        + loss_g(score_t, fake_t, real_t, TARGET_REAL, None, o),
+        net: seg + loss_f(score_s, TARGET_REAL, y_d, o) + loss_f(score_t, SOURCE_REAL, None, o)}
+    for module, loss in losses.items():
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(scale(loss), parameters, retain_graph=module is not net, allow_unused=True)
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = grad
+        if order == "released":
+            # a step that autograd does not see, as those of PyTorch before 0.4
+            with torch.autograd._unsafe_preserve_version_counter(tuple(parameters)):
+                apply(module)
+    if order == "gradients_before_steps":
+        for module in losses:
+            apply(module)
+    total_d, total_g, total_f = losses.values()
+    return {"loss_D": total_d, "loss_G": total_g, "loss_F": total_f, "loss_seg": seg, "loss_l1": (l1_s + l1_t) / 2}
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def reconstructions(net: nn.Module, gen: nn.Module, data: DomainPair, size_s: tuple[int, int], size_t: tuple[int, int],
-                    pixels: str, most: int, path: Path, run: runtime.Run) -> None:
-    """Write panels [source, G(F(source)), target, G(F(target))] of ``most`` training images, spread over each set."""
-    modes = net.training, gen.training
-    net.eval()
-    gen.eval()
-    columns: list[list[Image.Image]] = []
-    for images, working in ((data.source.images, size_s), (data.target.images, size_t)):
-        views, originals, fakes = predict.ViewSet(images, working, pixels), [], []
-        for index in np.linspace(0, len(views) - 1, most).astype(int).tolist():
-            x = run.place(views[index].tensors[0][None])
-            with run.autocast():
-                fake = as_float32(gen(net(x, return_features=True)[:3], x.shape[2:]))
-            for cells, image in ((originals, unit(x, pixels)), (fakes, fake)):
-                array = (255 * image[0].clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
-                cells.append(Image.fromarray(np.ascontiguousarray(array[..., ::-1] if PIXELS[pixels].bgr else array)))
-        columns += [originals, fakes]
-    net.train(modes[0])
-    gen.train(modes[1])
+def reconstructions(nets: Networks, data: DomainPair, sizes: Sequence[tuple[int, int]], pixels: str, count: int,
+                    path: Path) -> None:
+    """Write panels [source, G(F(source)), target, G(F(target))] of ``count`` training images, spread over each set."""
+    modes = nets.net.training, nets.gen.training
+    nets.net.eval()
+    nets.gen.eval()
+    columns = []
+    for images, size in zip((data.source.images, data.target.images), sizes, strict=True):
+        views, reals, fakes = predict.ViewSet(images, size, pixels), [], []
+        for index in np.linspace(0, len(views) - 1, count).astype(int).tolist():
+            x = nets.run.place(views[index].tensors[0][None])
+            fake = nets.draw(nets.embed(x)[0], x)
+            reals.append(to_image(x[0], pixels))
+            fakes.append(to_image(normalised(fake, pixels)[0], pixels))
+        columns += [reals, fakes]
+    nets.net.train(modes[0])
+    nets.gen.train(modes[1])
     rows = [list(row) for row in zip(*columns, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    visual.panel(rows, ["source", "G(F(source))", "target", "G(F(target))"], min(max(size_s[0], 192), 480)).save(path)
+    width = min(max(sizes[0][0], 192), 480)
+    visual.save(visual.panel(rows, ["source", "G(F(source))", "target", "G(F(target))"], width), path)
 
 
 def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: str, lr: float, lr_g: float, lr_d: float,
@@ -515,18 +496,18 @@ def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: s
                            for m, rate in zip(others, (lr_g, lr_d), strict=False)}}
 
 
-class Outcome(NamedTuple):
-    net: nn.Module
-    data: DomainPair
-    confusion: np.ndarray | None  # of the last weights on the validation set
-    pixels: str
+def below_dataroot(data_set: str, dataroot: str | None) -> str | None:
+    """The folder of a data set's description with ``dataroot`` in the place of data/; None where there is none."""
+    root = Path(load_description(data_set).root)
+    return str(Path(dataroot, root.relative_to("data"))) if dataroot and root.parts[0] == "data" else None
 
 
-def train(args: argparse.Namespace) -> Outcome | int:
-    """One run; returns its outcome, or an exit code when it was asked to leave early."""
+def train(args: argparse.Namespace) -> Session:
+    """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
+    folder = Path(args.snapshot_dir)
 
     # initial weights decide the pixel convention
     backbone = "vgg16" if args.base == "fcn8s" else args.arch
@@ -534,91 +515,49 @@ def train(args: argparse.Namespace) -> Outcome | int:
     pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
     # data
-    source, target = load_description(args.source), load_description(args.target)
+    root_s = args.data_dir or below_dataroot(args.source, args.dataroot)
+    root_t = args.data_dir_target or below_dataroot(args.target, args.dataroot)
+    source = Domain.open(args.source, root_s, args.source_set, args.data_list, "source")
+    target = Domain.open(args.target, root_t, args.set, args.data_list_target)
     size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
-    crop_s, crop_t = (tuple(map(min, args.crop_size, working)) for working in (size_s, size_t))
+    crop_s, crop_t = (tuple(map(min, args.crop_size, size)) for size in (size_s, size_t))
     if args.base == "deeplab" and min(*crop_s, *crop_t) < 17:
         raise UserError(f"--base deeplab needs images of at least 17x17, not {crop_s} and {crop_t}: choose a larger "
                         "--input-size, --input-size-target and --crop-size")
-    roots = [given or (str(Path(args.dataroot, Path(d.root).relative_to("data")))
-                       if args.dataroot and Path(d.root).parts[0] == "data" else None)
-             for given, d in ((args.data_dir, source), (args.data_dir_target, target))]
     data = open_pair(
         source, target, Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label, crop_s),
-        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label, crop_t), num_classes=args.num_classes,
-        root_s=roots[0], root_t=roots[1], set_s=args.source_set, set_t=args.set, set_val=args.val_set,
-        list_s=args.data_list, list_t=args.data_list_target, ignore=args.ignore_label, seed=args.random_seed,
-        fully=args.check_data)
+        Augment(size_t, pixels, False, args.random_mirror, args.ignore_label, crop_t), val_set=args.val_set,
+        num_classes=args.num_classes, ignore=args.ignore_label, seed=args.random_seed, check_all=args.check_data)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
-        return 0
-    prefix = f"{source.name.upper()}_"
-    folder = Path(args.snapshot_dir)
-    resume_file = Path(args.resume) if args.resume else folder / "resume.pth"
+        raise SystemExit(0)
 
     # networks
     classes = len(data.classes)
     net, make_generator = build(args.base, classes, args.arch, args.width, args.padding, args.dropout, pixels,
                                 stride_on)
-    loaded = "none, random weights (the paper starts from ImageNet: --restore-from imagenet or a file)"
-    if weights is not None:
-        loaded = checkpoint.load_into(net, weights, heads=not args.not_restore_last, source=args.restore_from)
+    loaded = checkpoint.initialise(net, weights, heads=not args.not_restore_last, source=args.restore_from)
     set_bn_affine(net, weights is None)
-    net.to(run.device, memory_format=run.memory_format)
-    if run.world > 1 and run.device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net = run.place_net(net, compiled=args.compile)
     gen = dis = None
+    modules = {"": net}
     if args.method == "LSD":
-        gen, dis = make_generator().to(run.device), Discriminator(classes, args.width).to(run.device)
-    modules = [module for module in (net, gen, dis) if module is not None]
+        gen = run.place_net(make_generator(), compiled=args.compile)
+        dis = run.place_net(Discriminator(classes, args.width), compiled=args.compile)
+        modules |= {"_G": gen, "_D": dis}
+    nets = Networks(net, gen, dis, run)
+    objective = Objective(args.l1_weight, args.adv_weight, args.c_weight, args.reduction, args.ignore_label)
 
     # optimisers
-    optimizers = make_optimizers(net, modules[1:], optimizer=args.optimizer, lr=args.learning_rate, lr_g=args.lr_g,
-                                 lr_d=args.lr_d, beta1=args.beta1, beta1_gan=args.beta1_gan, momentum=args.momentum,
-                                 weight_decay=args.weight_decay)
+    optimizers = make_optimizers(net, list(modules.values())[1:], optimizer=args.optimizer, lr=args.learning_rate,
+                                 lr_g=args.lr_g, lr_d=args.lr_d, beta1=args.beta1, beta1_gan=args.beta1_gan,
+                                 momentum=args.momentum, weight_decay=args.weight_decay)
     scaler = run.scaler()
 
-    def step(module: nn.Module) -> None:
+    def apply(module: nn.Module) -> None:
         run.average_gradients([module])
         scaler.step(optimizers[module])
         module.zero_grad()
-
-    # resume
-    validation = None if data.validation is None else predict.Validation(
-        data, size_t, pixels, run, folder, bn_stats="running", workers=args.num_workers, most=args.save_num_images)
-    first = 0
-    everything = net, modules[1:], list(optimizers.values()), scaler
-    arguments = {**{k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}, "nproc_per_node": run.world}
-    if args.resume is not None and resume_file.exists():
-        state = checkpoint.load_resume(resume_file, *everything, arguments, FREE_ARGUMENTS)
-        first = state["iteration"]
-        if validation is not None and state["validation"]:
-            validation.load_state_dict(state["validation"])
-        loaded = f"resumed at iteration {first}"
-    elif args.resume:
-        raise UserError(f"--resume {resume_file}: no such file")
-    elif args.resume is not None:
-        run.say(f"note: there is no {resume_file} yet: starting at the beginning")
-    elif resume_file.exists():
-        run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
-    resume_file = folder / "resume.pth"
-
-    runtime.header(run, {
-        "kernels": ops.backend(), "weights": loaded,
-        "networks": f"{args.base} {backbone}, {classes} classes, width {args.width:g}"
-                    + f", padding {args.padding}" * (args.base == "fcn8s"),
-        "method": args.method + ("" if gen is None else f", order {args.order}{', low memory' * args.low_memory}, "
-                                 f"{args.reduction}, weights l1 {args.l1_weight:g}, adv {args.adv_weight:g}, "
-                                 f"c {args.c_weight:g}"),
-        "pixels": pixels, "source": f"{len(data.source)} images of {args.source} at {size_s}, crops {crop_s}",
-        "target": "none in training" if gen is None else
-                  f"{len(data.target)} images of {args.target} at {size_t}, crops {crop_t}",
-        "validation": "none" if data.validation is None else f"{len(data.validation)} images of {args.target}",
-        "batch": f"{args.batch_size * run.world} pairs a step = {args.batch_size} x {run.world} processes",
-        "steps": f"{first} to {args.num_steps}, {args.optimizer}", "output": folder})
-    if args.compile:
-        for module in modules:
-            module.compile()
 
     def meta_of(iteration: int) -> dict[str, object]:
         model = {"model": "FCN8s", "width": args.width, "padding": args.padding} if args.base == "fcn8s" else \
@@ -626,36 +565,26 @@ def train(args: argparse.Namespace) -> Outcome | int:
         return {"script": "train_gan_da.py", "iteration": iteration, **model, "arch": backbone, "pixels": pixels,
                 "task": args.target, "classes": list(data.classes), "size": list(size_t), "align_corners": True}
 
-    def save(iteration: int, snapshot: bool) -> None:
-        """The resume file, and with ``snapshot`` the weights under the names of the release."""
-        if not run.is_main:
-            return
-        if snapshot:
-            for module, name in zip(modules, ("", "_G", "_D"), strict=False):
-                checkpoint.save_weights(module, folder / f"{prefix}{iteration}{name}.pth", meta_of(iteration))
-        checkpoint.save_resume(resume_file, *everything, meta_of(iteration), iteration=iteration, arguments=arguments,
-                               validation=validation and validation.state_dict())
-
-    def evaluate(iteration: int) -> None:
-        if validation is not None:
-            validation(net, iteration, meta_of(iteration), log)
-        if gen is not None and run.is_main and args.save_num_images:
-            reconstructions(net, gen, data, size_s, size_t, pixels, args.save_num_images,
-                            folder / "reconstructions" / f"{iteration}.png", run)
-
-    # the loop
-    tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = runtime.Log(run, folder / "log.jsonl", first, args.num_steps, tensorboard)
-    stream = dict(batch=args.batch_size, workers=args.num_workers, start=first, rank=run.rank, world=run.world,
-                  pin=run.device.type == "cuda")
-    batches_s = endless(data.source, seed=args.random_seed, **stream)
-    batches_t = None if gen is None else endless(data.target, seed=args.random_seed + 1, **stream)
-    objective = Objective(args.l1_weight, args.adv_weight, args.c_weight, args.reduction, args.ignore_label)
-    for module in modules:
-        module.train()
-    last_good = resume_file if first else None
-    with runtime.StopRequest() as stop:
-        for i in range(first, args.num_steps):
+    validation = None if data.validation is None else predict.Validation(
+        data, size_t, pixels, run, folder, bn_stats="running", workers=args.num_workers,
+        max_pictures=args.save_num_images)
+    with Session(run, args, folder, modules, optimizers.values(), scaler=scaler, meta=meta_of,
+                 prefix=f"{source.name.upper()}_", validation=validation, free={"num_steps"}) as session:
+        fcn8s = f" of width {args.width:g}, padding {args.padding}" if args.base == "fcn8s" else ""
+        low_memory = ", low memory" if args.low_memory else ""
+        session.header({
+            "weights": loaded, "networks": f"{args.base} {backbone}, {classes} classes{fcn8s}",
+            "method": args.method if gen is None else
+                      f"LSD, order {args.order}{low_memory}, {args.reduction}, weights l1 {args.l1_weight:g}, "
+                      f"adv {args.adv_weight:g}, c {args.c_weight:g}",
+            "pixels": pixels, **data.summary(f"{size_s}, crops {crop_s}", f"{size_t}, crops {crop_t}", gen is not None),
+            "batch": f"{args.batch_size * run.world} pairs a step = {args.batch_size} x {run.world} processes",
+            "steps": f"{session.iteration} to {args.num_steps}, {args.optimizer}"})
+        batches_s = session.batches(data.source, args.random_seed)
+        batches_t = None if gen is None else session.batches(data.target, args.random_seed + 1)
+        for module in modules.values():
+            module.train()
+        for i in session.steps(args.num_steps):
             epoch = i * args.batch_size * run.world // len(data.source)
             lr = args.learning_rate * (0.1 ** (epoch // args.lr_epochs) if args.lr_epochs else 1.0)
             for group in optimizers[net].param_groups:
@@ -663,67 +592,33 @@ def train(args: argparse.Namespace) -> Outcome | int:
             # dropout masks that a resumed run repeats, and that differ between processes
             torch.manual_seed(int(np.random.SeedSequence([args.random_seed, i, run.rank]).generate_state(1)[0]))
             batch_s = next(batches_s)
-            batch_t = next(batches_t) if batches_t is not None else None
-            losses = update(
-                net, gen, dis, run.place(batch_s.image), batch_s.label.to(run.device),
-                None if batch_t is None else run.place(batch_t.image), objective, pixels=pixels, run=run, step=step,
-                order=args.order, low_memory=args.low_memory, scale=scaler.scale)
+            names, x_t = list(batch_s.name), None
+            if batches_t is not None:
+                batch_t = next(batches_t)
+                x_t = run.place(batch_t.image)
+                names += batch_t.name
+            losses = step(nets, run.place(batch_s.image), batch_s.label.to(run.device), x_t, objective, pixels=pixels,
+                          apply=apply, order=args.order, low_memory=args.low_memory, scale=scaler.scale)
             scaler.update()
-            values = run.mean_values({k: v.detach() for k, v in losses.items()})
-            names = [*batch_s.name, *(batch_t.name if batch_t is not None else ())]
-            runtime.require_finite(values, i + 1, names, last_good)
-
-            done = i + 1
-            runtime.require_finite_weights(modules, done, names, last_good)
-            log.step()
-            if done % args.log_every == 0 or done == args.num_steps:
-                log.losses(done, {**values, "lr": lr})
-            if done % args.eval_every == 0 or done == args.num_steps:
-                evaluate(done)
-            leaving = run.any(stop.signal is not None)
-            snapshot = done % args.save_pred_every == 0 or done == args.num_steps
-            if snapshot or leaving:
-                save(done, snapshot)
-                last_good = resume_file
-            if leaving and done < args.num_steps:
-                log.close()
-                run.say(f"stopped at iteration {done}; --resume goes on from {resume_file}")
-                return 128 + (stop.signal or 0)
-    if validation is not None:
-        if validation.iteration != args.num_steps:  # resumed at its end, which had not been scored
-            evaluate(args.num_steps)
-        validation.report()
-    log.close()
-    run.barrier()
-    return Outcome(net, data, validation and validation.confusion, pixels)
+            session.end_step(losses, names, lr=lr)
+            if session.validates_now() and gen is not None and run.is_main and args.save_num_images:
+                reconstructions(nets, data, (size_s, size_t), pixels, args.save_num_images,
+                                folder / "reconstructions" / f"{i + 1}.png")
+    return session
 
 
 def demo(args: argparse.Namespace) -> int:
     """Train source-only and adapted on the rendered pair, print their tables, draw result/demo_gan/report.png."""
-    outcomes = []
-    for name, method in (("source only", "sourceonly"), ("adapted", "LSD")):
-        print(f"--- {name}")
-        folder = f"{args.snapshot_dir}/{name.replace(' ', '_')}"
-        outcome = train(argparse.Namespace(**{**vars(args), "method": method, "snapshot_dir": folder}))
-        if isinstance(outcome, int):
-            return outcome
-        outcomes.append(outcome)
-    source_only, adapted = outcomes
-    run = runtime.Run(next(adapted.net.parameters()).device, 0, 1, "off")
-    predict.compare((source_only.net, source_only.confusion), (adapted.net, adapted.confusion), adapted.data,
-                    args.input_size_target, adapted.pixels, run, Path("result/demo_gan/report.png"),
-                    bn_stats="running", workers=args.num_workers)
-    return 0
+    return train_and_compare(train, args, {"method": "sourceonly"}, {}, Path("result/demo_gan/report.png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.demo:
-        render_demo(Path("data/demo"), seed=args.random_seed)
+        render_demo(Path(f"data/demo/{args.random_seed}"), seed=args.random_seed)
     if args.demo and args.method == "LSD":
         return demo(args)
-    outcome = train(args)
-    return outcome if isinstance(outcome, int) else 0
+    return train(args).exit_code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Pixel-level cycle association.
 
 Kang, Wei, Yang, Zhuang, Hauptmann: "Pixel-Level Cycle Association: A New Perspective for Domain Adaptive Semantic
-Segmentation", NeurIPS 2020, https://arxiv.org/abs/2011.00147. Results: README.md, "Pixel-level cycle association".
+Segmentation", NeurIPS 2020, https://arxiv.org/abs/2011.00147. Results: docs/pixel_assoc.md.
 
     python train_pixel_assoc.py --demo                        # a miniature pair, minutes on a laptop
     python train_pixel_assoc.py --restore-from imagenet       # data/GTA5 to data/Cityscapes/data
@@ -9,7 +9,8 @@ Segmentation", NeurIPS 2020, https://arxiv.org/abs/2011.00147. Results: README.m
 A source pixel is associated with its most similar target pixel and that one with its most similar source pixel. Where
 the cycle ends in the class it started from, both associations are strengthened against all others (section 3.2), after
 every target pixel has gathered what similar target pixels hold (section 3.3): on features by cosine, on class
-probabilities by Kullback-Leibler divergence. The operator of lib/ops.py needs no N x N matrix for it.
+probabilities by Kullback-Leibler divergence. ``association`` below is this loss as the paper writes it, with N x N
+matrices (--association direct); the operator of lib/ops/ computes the same without them (--association fused).
 
 The total objective is L_ce + 0.75 L_lovasz on the source, + 0.1 (L_asso of features + L_asso of classes)
 + 0.01 (L_lsr of source + L_lsr of target), averaged over the passes and processes of a step. The release multiplied the
@@ -20,40 +21,37 @@ optimiser, and up-sampling has align_corners=False.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, ops, predict, runtime
-from lib.datasets.demo import render_demo
-from lib.datasets.description import load_description
-from lib.datasets.folder import DomainPair, endless, open_pair
-from lib.datasets.transforms import PIXELS, Augment, ShortSideCrop, resize, to_tensor
+from lib import checkpoint, flags, ops, predict, runtime, visual
+from lib.datasets.description import Domain
+from lib.datasets.folder import DomainPair, open_pair
+from lib.datasets.transforms import Augment, crop_or_pad, mirror, resize, to_tensor
+from lib.demo.comparison import train_and_compare
+from lib.demo.streets import render_demo
 from lib.errors import UserError
-from lib.models.deeplab import ARCHITECTURES, build, set_train_mode
+from lib.models.deeplab import build, set_train_mode, upsample
 from lib.optim import deeplab_sgd, set_poly_lr
 from lib.runtime import as_float32
+from lib.session import Session
 
-# Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
-FREE_ARGUMENTS = {"resume", "num_workers", "num_steps_stop", "save_pred_every", "eval_every", "log_every", "log_dir",
-                  "tensorboard", "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile"}
 # --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
-DEMO = dict(source="gta5", target="demo", data_dir="data/demo/gta5", data_dir_target="data/demo/cityscapes",
-            arch="resnet18", input_size=(192, 96), input_size_target=(192, 96), batch_size=1, iter_size=1,
-            num_steps=400, learning_rate=1e-2, save_pred_every=400, snapshot_dir="snapshots/demo_pixel_assoc",
-            num_workers=0, bn_stats="target", aggregate=False)  # at 25 x 13 features aggregation costs points
+DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_pixel_assoc/{seed}", arch="resnet18", input_size=(192, 96),
+            input_size_target=(192, 96), batch_size=1, iter_size=1, num_steps=400, learning_rate=1e-2,
+            save_pred_every=400, bn_stats="target", aggregate=False)  # at 25 x 13 features aggregation costs points
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = flags.parser(__doc__)
     method = p.add_argument_group("method")
     method.add_argument("--source-only", action="store_true", help="L_ce and L_lovasz alone, no target image")
     method.add_argument("--lambda-lovasz", type=flags.amount, default=0.75)
@@ -63,84 +61,94 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--alpha", type=flags.share, default=0.5, help="share of the spatial aggregate (0: none)")
     method.add_argument("--aggregate", action=argparse.BooleanOptionalAction, default=None,
                         help="aggregation in validations too (default: yes, unless --source-only)")
-    method.add_argument("--demo", action="store_true", help="render a small pair, train source-only and adapted")
-    net = p.add_argument_group("networks")
-    net.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101")
-    net.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
-    net.add_argument("--not-restore-last", action="store_true", help="leave the head of --restore-from out")
+    method.add_argument("--association", choices=["fused", "direct"], default="fused",
+                        help="the operator of lib/ops/, or the paper's formulas with N x N matrices")
+    net = flags.add_network(p)
     net.add_argument("--freeze-bn", action="store_true", help="BN statistics are used, not updated")
-    net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
-    net.add_argument("--num-classes", type=flags.count, help="how many of the target's classes (default: all shared)")
-    data = p.add_argument_group("data")
-    data.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
-    data.add_argument("--target", default="cityscapes", help="likewise")
-    data.add_argument("--data-dir", help="source folder (default: the description's)")
-    data.add_argument("--data-list", help="file with one source image a line")
-    data.add_argument("--source-set", help="set of the source (default: the description's)")
-    data.add_argument("--data-dir-target", help="target folder")
-    data.add_argument("--data-list-target", help="file with one target image a line")
-    data.add_argument("--set", help="set of the target to train on (default: the description's)")
-    data.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if there)")
-    data.add_argument("--resize-short", type=flags.size, default=(760, 988), help="least,most: range of the short side")
+    net.add_argument("--bn-stats", choices=["running", "target"], default="running",
+                     help="target: re-estimate BN statistics on the target before scoring")
+    data = flags.add_data(p)
+    data.add_argument("--resize-short", type=flags.size, default=(760, 988),
+                      help="minimum,maximum of the random short side, unless --input-size is given")
     data.add_argument("--crop-size", type=flags.size, default=(730, 730), help="width,height cut out afterwards")
-    data.add_argument("--input-size", type=flags.size, help="width,height of source images instead, nothing cut")
-    data.add_argument("--input-size-target", type=flags.size, help="width,height of target images instead, nothing cut")
     data.add_argument("--test-size", type=flags.size,
                       help="width,height in validations (default: 1460,730, or --input-size-target)")
     data.add_argument("--random-mirror", action=argparse.BooleanOptionalAction, default=True)
-    data.add_argument("--num-workers", type=flags.natural, default=min(4, os.cpu_count() or 1),
-                      help="loader processes of each of the two data sets")
-    data.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
-    opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batch-size", type=flags.count, default=2, help="pairs a process and backward pass")
+    opt = flags.add_optimisation(p)
     opt.add_argument("--iter-size", type=flags.count, default=2, help="backward passes a step")
-    opt.add_argument("--learning-rate", type=flags.amount, default=2.5e-4)
     opt.add_argument("--lr-mult-classifier", type=flags.amount, default=1.0,
                      help="rate of the head over the backbone's")
-    opt.add_argument("--momentum", type=flags.below_one, default=0.9)
-    opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
-    opt.add_argument("--power", type=flags.amount, default=0.9, help="of the polynomial decay")
     opt.add_argument("--epochs", type=flags.count,
                      help="of the target set, where the decay would reach 0 (30; SYNTHIA 10)")
     opt.add_argument("--epochs-stop", type=flags.count, help="where training ends (28; SYNTHIA 8)")
     opt.add_argument("--num-steps", type=flags.count, help="steps instead of --epochs")
     opt.add_argument("--num-steps-stop", type=flags.count, help="steps instead of --epochs-stop (default: --num-steps)")
-    out = p.add_argument_group("run")
-    out.add_argument("--snapshot-dir", default="snapshots/pixel_assoc", help="weights, resume file, log, pictures")
-    out.add_argument("--save-pred-every", type=flags.count, default=1000, help="iterations between snapshots")
-    out.add_argument("--eval-every", type=flags.count, help="iterations between evaluations (default: as snapshots)")
-    out.add_argument("--bn-stats", choices=["running", "target"], default="running",
-                     help="target: re-estimate BN statistics on the target before scoring")
-    out.add_argument("--save-num-images", type=flags.natural, default=2, help="pictures at each evaluation")
-    out.add_argument("--log-every", type=flags.count, default=10)
-    out.add_argument("--tensorboard", action="store_true")
-    out.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")
-    out.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
-    out.add_argument("--random-seed", type=flags.natural, default=1234)
-    out.add_argument("--deterministic", action="store_true")
-    out.add_argument("--cpu", action="store_true")
-    out.add_argument("--gpu", type=flags.natural, default=0, help="number of the GPU of a single process")
-    out.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="mixed precision")
-    out.add_argument("--compile", action="store_true", help="torch.compile the network")
-    out.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
-    if p.parse_known_args(argv)[0].demo:
-        p.set_defaults(**DEMO)
-    args = p.parse_args(argv)
+    flags.add_run(p)
+    p.set_defaults(snapshot_dir="snapshots/pixel_assoc", save_pred_every=1000, batch_size=2)
+    args = flags.parse(p, argv, DEMO)
     args.aggregate = not args.source_only if args.aggregate is None else args.aggregate
-    args.eval_every = args.eval_every or args.save_pred_every
     if args.resize_short[0] > args.resize_short[1]:
-        p.error("--resize-short takes the least, then the most")
+        p.error("--resize-short takes the minimum, then the maximum")
     if bool(args.input_size) != bool(args.input_size_target):
         p.error("--input-size and --input-size-target go together")
     return args
 
 
+# --- association: a are source rows [N_s, C], v target rows [N_t, C] of one image pair --------------------------------
+
+
+def similarity(p: Tensor, q: Tensor, metric: str) -> Tensor:
+    """(1) S_ij [N, M] of rows p_i and q_j: the cosine, or for class probabilities -KL(p_i || q_j)."""
+    if metric == "cos":
+        return F.normalize(p, dim=1) @ F.normalize(q, dim=1).T
+    return p @ (q + 1e-10).log().T - (p * (p + 1e-10).log()).sum(1, keepdim=True)
+
+
+def contrast(s: Tensor) -> Tensor:
+    """(2) Each row of S less its mean, over its standard deviation; both are constants in the backward pass."""
+    return (s - s.mean(1, keepdim=True).detach()) / (s.std(1, keepdim=True).detach() + 1e-10)
+
+
+def aggregate(v: Tensor, alpha: float, metric: str) -> Tensor:
+    """(3) v'_j = (1 - alpha) v_j + alpha sum_k A_jk v_k, A the softmax over the rows of S_tt (section 3.3)."""
+    s = similarity(v, v, metric)
+    attention = (contrast(s) if metric == "cos" else s).softmax(1)
+    return (1 - alpha) * v + alpha * attention @ v
+
+
+def cycle(a: Tensor, v: Tensor, y: Tensor, metric: str, ignore: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(4) j*(i) = argmax_j P_ij and i*(i) = argmax_i' Q_j*i', and the pixels whose cycle ends in their class y [N_s].
+
+    Returns (-log(P_ij* Q_j*i*) of the kept pixels i, their mask [N_s], j* [N_s], i* [N_s]).
+    """
+    p = contrast(similarity(a, v, metric)).softmax(1)                # [N_s, N_t], source to target
+    q = contrast(similarity(v, a, metric)).softmax(1)                # [N_t, N_s], and back
+    j, back = p.argmax(1), q.argmax(1)
+    i = back[j]
+    kept = (y == y[i]) & (y != ignore)
+    rows = kept.nonzero()[:, 0]
+    return -(p[rows, j[rows]] * q[j[rows], i[rows]]).log().clamp_min(-100), kept, j, i
+
+
+def association(x_s: Tensor, x_t: Tensor, y_s: Tensor, *, metric: str = "cos", alpha: float = 0.5,
+                ignore_index: int = 255) -> ops.CycleAssociation:
+    """(5) L_asso, sections 3.2 and 3.3: the mean of (4) over the kept pixels of all image pairs; 0 where none is kept.
+
+    x_s, x_t [B, C, h, w]: features (metric "cos") or class probabilities ("kl"); y_s int64 [B, h, w]. What
+    ops.cycle_association_loss computes, and returns, without a matrix of N_s x N_t numbers.
+    """
+    found = [cycle(a, aggregate(v, alpha, metric) if alpha else v, y, metric, ignore_index)
+             for a, v, y in zip(x_s.flatten(2).mT, x_t.flatten(2).mT, y_s.flatten(1), strict=True)]
+    logs, kept, j, i = (list(parts) for parts in zip(*found, strict=True))
+    count = sum(mask.sum() for mask in kept)
+    attached = 0.0 * (x_s.sum() + x_t.sum())                         # a zero with a gradient where nothing is kept
+    return ops.CycleAssociation(torch.cat(logs).sum() / count.clamp(min=1) + attached, count,
+                                torch.stack(kept).view_as(y_s), torch.stack(j), torch.stack(i))
+
+
+ASSOCIATION = {"fused": ops.cycle_association_loss, "direct": association}
+
 # --- losses -----------------------------------------------------------------------------------------------------------
-
-
-def upsample(pred: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=False (in training and test): [N, C, h, w] -> [N, C, *size]."""
-    return F.interpolate(as_float32(pred), tuple(size), mode="bilinear", align_corners=False)
 
 
 def downsample(label: Tensor, size: Sequence[int]) -> Tensor:
@@ -190,7 +198,7 @@ def loss_lsr(pred: Tensor, threshold: float = 10.0) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """What the terms of the objective count."""
+    """Of the terms of the objective."""
 
     lovasz: float = 0.75
     asso: float = 0.1
@@ -200,7 +208,8 @@ class Weights(NamedTuple):
 
 
 def objective(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weights: Weights, run: runtime.Run,
-              ignore: int = 255) -> tuple[Tensor, dict[str, Tensor]]:
+              ignore: int = 255, loss_asso: Callable = ops.cycle_association_loss
+              ) -> tuple[Tensor, dict[str, Tensor]]:
     """(the total objective of one batch, its unweighted terms and statistics); x_t None: source only.
 
     Images of x_s and x_t [N, 3, H, W] are paired in order and may differ in size. Under several processes each term's
@@ -211,7 +220,7 @@ def objective(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weig
             feat_t, pred_t = net(x_t, return_features=True)          # before the source: the order matters to BN
     with run.autocast():
         feat_s, pred_s = net(x_s, return_features=True)
-    pred = upsample(pred_s, y_s.shape[1:])
+    pred = upsample(pred_s, y_s.shape[1:], align_corners=False)
     valid = run.sum((y_s != ignore).sum().to(pred.dtype)) / run.world
     values = {"loss_ce": loss_ce(pred, y_s, ignore, valid)}
     total = values["loss_ce"]
@@ -225,7 +234,7 @@ def objective(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weig
     maps = {"feat": (as_float32(feat_s), as_float32(feat_t), "cos"),
             "cls": (F.softmax(as_float32(pred_s), dim=1), F.softmax(as_float32(pred_t), dim=1), "kl")}
     for name, (s, t, metric) in maps.items():
-        found = ops.cycle_association_loss(s, t, y, metric=metric, alpha=weights.alpha, ignore_index=ignore)
+        found = loss_asso(s, t, y, metric=metric, alpha=weights.alpha, ignore_index=ignore)
         kept = found.kept.to(found.loss.dtype)
         values[f"loss_asso_{name}"] = found.loss * (kept / (run.sum(kept) / run.world).clamp(min=1e-3))
         total = total + weights.asso * values[f"loss_asso_{name}"]
@@ -243,90 +252,92 @@ def coverage(forward: Tensor, pixels: int) -> Tensor:
     return hit.scatter_(1, forward, 1.0).mean()
 
 
-def backward(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weights: Weights, run: runtime.Run, *,
-             iter_size: int, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
-    """Accumulate the gradients of one batch; returns what ``objective`` reports."""
-    total, values = objective(net, x_s, y_s, x_t, weights, run)
+def step(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weights: Weights, run: runtime.Run, *,
+         iter_size: int, loss_asso: Callable = ops.cycle_association_loss,
+         scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict[str, Tensor]:
+    """Accumulate the gradients of one batch; returns the unweighted terms and statistics of ``objective``."""
+    total, values = objective(net, x_s, y_s, x_t, weights, run, loss_asso=loss_asso)
     scale(total / iter_size).backward()
     return {key: value.detach() for key, value in values.items()}
 
 
-# --- pictures of associations -----------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShortSideCrop:
+    """Resize to a random short side within ``short`` (minimum, maximum), cut ``size`` (width, height) out, mirror.
+
+    Called as Augment is; an image smaller than ``size`` is padded.
+    """
+
+    size: tuple[int, int]
+    short: tuple[int, int]
+    pixels: str
+    random_mirror: bool = True
+    ignore: int = 255
+
+    def __call__(self, image: Image.Image, label: np.ndarray | None,
+                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        factor = rng.integers(self.short[0], self.short[1] + 1) / min(image.size)
+        image, label = resize(image, label, (round(image.width * factor), round(image.height * factor)))
+        if label is None:
+            label = np.full(image.size[::-1], self.ignore, np.uint8)
+        if self.random_mirror and rng.random() < 0.5:
+            image, label = mirror(image, label)
+        return crop_or_pad(to_tensor(image, self.pixels), torch.from_numpy(label.astype(np.int64)), self.size,
+                           tuple(rng.random(2)), self.ignore)
 
 
 @torch.no_grad()
-def draw_associations(net: nn.Module, data: DomainPair, size_s: tuple[int, int], size_t: tuple[int, int], pixels: str,
-                      alpha: float, most: int, path: Path, run: runtime.Run, lines: int = 40) -> float:
-    """Write ``most`` pairs of a source and a validation image with some of their kept associations as lines.
+def right_associations(net: nn.Module, data: DomainPair, sizes: Sequence[tuple[int, int]], pixels: str, alpha: float,
+                       max_pairs: int, path: Path, run: runtime.Run) -> float:
+    """The share of kept associations that end in a pixel of the right class; nan where none ends in a labelled pixel.
 
-    A line has the colour of its class; a wrong one (by the label of the validation image) ends in a cross. Returns the
-    share of all kept associations that end in a pixel of the right class (nan: nothing could be judged).
+    They join up to ``max_pairs`` source and validation images of ``sizes`` (width, height), which are drawn with their
+    associations as lines into ``path``.
     """
-    net, right, judged, rows = predict.prepare(net), 0, 0, []
-    for n in range(min(most, len(data.validation))):
-        pair, labels = [], []
-        for folder, size in ((data.source, size_s), (data.validation, size_t)):
-            image, label = resize(*folder.read(n * (len(folder) - 1) // max(most - 1, 1)), size)
-            pair.append(image)
-            labels.append(label)
-        feat_s, feat_t = (as_float32(net(to_tensor(image, pixels)[None].to(run.device), return_features=True)[0])
-                          for image in pair)
-        y_s, y_t = (downsample(torch.from_numpy(label.astype(np.int64))[None], feat.shape[2:])[0].flatten()
-                    for label, feat in zip(labels, (feat_s, feat_t), strict=True))
-        y = y_s.reshape(1, *feat_s.shape[2:]).to(run.device)
-        found = ops.cycle_association_loss(feat_s, feat_t, y, alpha=alpha)
-        kept = found.selected.flatten().nonzero().flatten().cpu()
-        ends = found.forward[0].cpu()[kept]
-        known = y_t[ends] != 255
-        correct = y_t[ends] == y_s[kept]
-        right, judged = right + int(correct[known].sum()), judged + int(known.sum())
-
-        sheet = Image.new("RGB", (size_s[0] + size_t[0] + 4, max(size_s[1], size_t[1])), "white")
-        sheet.paste(pair[0], (0, 0))
-        sheet.paste(pair[1], (size_s[0] + 4, 0))
-        draw = ImageDraw.Draw(sheet)
-        for k in np.unique(np.linspace(0, len(kept) - 1, min(lines, len(kept))).astype(int)).tolist():
-            (x0, y0), (x1, y1) = (((i % w + 0.5) * s[0] / w, (i // w + 0.5) * s[1] / h) for i, s, (h, w) in (
-                (int(kept[k]), size_s, feat_s.shape[2:]), (int(ends[k]), size_t, feat_t.shape[2:])))
-            colour = tuple(data.palette[y_s[kept[k]]].tolist())
-            x1 += size_s[0] + 4
-            draw.line((x0, y0, x1, y1), colour, 1)
-            if known[k] and not correct[k]:
-                draw.line((x1 - 3, y1 - 3, x1 + 3, y1 + 3), colour, 2)
-                draw.line((x1 - 3, y1 + 3, x1 + 3, y1 - 3), colour, 2)
-        rows.append(sheet)
+    net, right, known, sheets = predict.prepare(net), 0, 0, []
+    for n in range(min(max_pairs, len(data.validation))):
+        pictures, labels, features = [], [], []
+        for folder, size in zip((data.source, data.validation), sizes, strict=True):
+            index = n * (len(folder) - 1) // max(max_pairs - 1, 1)
+            picture, label = resize(*folder.read(index), size)
+            feature = as_float32(net(to_tensor(picture, pixels)[None].to(run.device), return_features=True)[0])
+            pictures.append(picture)
+            features.append(feature)
+            labels.append(downsample(torch.from_numpy(label.astype(np.int64))[None], feature.shape[2:]))
+        found = ops.cycle_association_loss(*features, labels[0].to(run.device), alpha=alpha)
+        start = found.selected.flatten().nonzero().flatten().cpu()
+        end = found.forward[0].cpu()[start]
+        y_start, y_end = labels[0].flatten()[start], labels[1].flatten()[end]
+        is_known, is_right = y_end != 255, y_end == y_start
+        known, right = known + int(is_known.sum()), right + int(is_right[is_known].sum())
+        sheets.append(visual.draw_associations(
+            pictures, [feature.shape[2:] for feature in features], start.numpy(), end.numpy(),
+            data.palette[y_start.numpy()], (is_known & ~is_right).numpy()))
     if run.is_main:
-        whole = Image.new("RGB", (rows[0].width, sum(row.height + 4 for row in rows) - 4), "white")
-        for n, row in enumerate(rows):
-            whole.paste(row, (0, n * (row.height + 4)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole.save(path)
-    return right / judged if judged else float("nan")
+        visual.save(visual.stack([[sheet] for sheet in sheets]), path)
+    return right / known if known else float("nan")
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class Outcome(NamedTuple):
-    net: nn.Module
-    data: DomainPair
-    confusion: np.ndarray | None  # of the last weights on the validation set
-    pixels: str
-    test_size: tuple[int, int]
-
-
-def train(args: argparse.Namespace) -> Outcome | int:
-    """One run; returns its outcome, or an exit code when it was asked to leave early."""
+def train(args: argparse.Namespace) -> Session:
+    """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
+    folder = Path(args.snapshot_dir)
 
     # initial weights decide the pixel convention and where the stride of a bottleneck stands
     weights, meta = checkpoint.initial_weights(args.restore_from, args.arch)
     pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
     # data
-    source, target = load_description(args.source), load_description(args.target)
+    source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+    target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target)
     if args.input_size:
         sizes = args.input_size, args.input_size_target
         augment = [Augment(size, pixels, random_mirror=args.random_mirror) for size in sizes]
@@ -335,12 +346,13 @@ def train(args: argparse.Namespace) -> Outcome | int:
         augment = [ShortSideCrop(args.crop_size, args.resize_short, pixels, args.random_mirror)] * 2
     test_size = args.test_size or args.input_size_target or (1460, 730)
     data = open_pair(
-        source, target, *augment, num_classes=args.num_classes, root_s=args.data_dir, root_t=args.data_dir_target,
-        set_s=args.source_set, set_t=args.set, set_val=args.val_set, list_s=args.data_list,
-        list_t=args.data_list_target, seed=args.random_seed, fully=args.check_data)
+        source, target, *augment, val_set=args.val_set, num_classes=args.num_classes, seed=args.random_seed,
+        check_all=args.check_data)
     if args.check_data:
         run.say(f"all files of {args.source} and {args.target} are fine")
-        return 0
+        raise SystemExit(0)
+
+    # schedule
     pairs = args.batch_size * run.world * args.iter_size
     per_epoch = max(1, len(data.target) // pairs)
     epochs, epochs_stop = (10, 8) if source.name == "synthia" else (30, 28)
@@ -350,127 +362,59 @@ def train(args: argparse.Namespace) -> Outcome | int:
     if stop_at > num_steps:
         raise UserError(f"training would end at step {stop_at}, after the decay reaches 0 at step {num_steps}: raise "
                         "--num-steps or --epochs")
-    prefix = f"{source.name.upper()}_"
-    folder = Path(args.snapshot_dir)
-    resume_file = folder / "resume.pth"
 
-    # network
+    # network and optimiser
     net = build("DeeplabPixelAssoc", len(data.classes), args.arch, stride_on=stride_on)
-    loaded = "none, random weights (the paper starts from ImageNet: --restore-from imagenet or a file)"
-    if weights is not None:
-        loaded = checkpoint.load_into(net, weights, heads=not args.not_restore_last, source=args.restore_from)
-    net.to(run.device, memory_format=run.memory_format)
-    if run.world > 1 and run.device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    terms = Weights(args.lambda_lovasz, args.lambda_asso, args.lambda_lsr, args.lsr_threshold, args.alpha)
-
-    # optimiser
+    loaded = checkpoint.initialise(net, weights, heads=not args.not_restore_last, source=args.restore_from)
+    net = run.place_net(net, compiled=args.compile)
     optimizer = deeplab_sgd(net, "once", args.learning_rate, args.momentum, args.weight_decay, args.lr_mult_classifier)
     scaler = run.scaler()
-
-    # resume
-    validation = None if data.validation is None else predict.Validation(
-        data, test_size, pixels, run, folder, bn_stats=args.bn_stats, workers=args.num_workers,
-        most=args.save_num_images, align_corners=False, aggregate=args.alpha if args.aggregate else 0.0)
-    first = 0
-    everything = net, [], [optimizer], scaler
-    arguments = {**{k: v for k, v in vars(args).items() if k not in FREE_ARGUMENTS}, "nproc_per_node": run.world}
-    if args.resume and resume_file.exists():
-        state = checkpoint.load_resume(resume_file, *everything, arguments, FREE_ARGUMENTS)
-        first = state["iteration"]
-        if validation is not None and state["validation"]:
-            validation.load_state_dict(state["validation"])
-        loaded = f"resumed at iteration {first}"
-    elif args.resume:
-        run.say(f"note: there is no {resume_file} yet: starting at the beginning")
-    elif resume_file.exists():
-        run.say(f"note: {resume_file} of an earlier run will be overwritten (--resume goes on with it)")
-
-    runtime.header(run, {
-        "kernels": ops.backend(), "weights": loaded,
-        "network": f"DeeplabPixelAssoc {args.arch}, {len(data.classes)} classes",
-        "pixels": pixels, "source": f"{len(data.source)} images of {args.source} at {sizes[0]}",
-        "target": "none in training" if args.source_only else
-                  f"{len(data.target)} images of {args.target} at {sizes[1]}",
-        "validation": "none" if data.validation is None else
-                      f"{len(data.validation)} images of {args.target} at {test_size}",
-        "batch": f"{pairs} pairs a step = {args.batch_size} x {run.world} processes x {args.iter_size} passes",
-        "steps": f"{first} to {stop_at} of {num_steps}, {per_epoch} an epoch", "output": folder})
-    if args.compile:
-        net.compile()
+    terms = Weights(args.lambda_lovasz, args.lambda_asso, args.lambda_lsr, args.lsr_threshold, args.alpha)
 
     def meta_of(iteration: int) -> dict[str, object]:
         return {"script": "train_pixel_assoc.py", "iteration": iteration, "model": "DeeplabPixelAssoc",
                 "arch": args.arch, "aspp": "full", "stride_on": stride_on, "pixels": pixels, "task": args.target,
-                "classes": list(data.classes), "size": list(test_size), "align_corners": False}
+                "classes": list(data.classes), "size": list(test_size), "align_corners": False,
+                "bn_stats": args.bn_stats, "aggregate": args.alpha if args.aggregate else 0.0}
 
-    def save(iteration: int, snapshot: bool) -> None:
-        """The resume file, and with ``snapshot`` the weights."""
-        if not run.is_main:
-            return
-        if snapshot:
-            checkpoint.save_weights(net, folder / f"{prefix}{iteration}.pth", meta_of(iteration))
-        checkpoint.save_resume(resume_file, *everything, meta_of(iteration), iteration=iteration, arguments=arguments,
-                               validation=validation and validation.state_dict())
-
-    # the loop
-    tensorboard = Path(args.log_dir or folder) if args.tensorboard else None
-    log = runtime.Log(run, folder / "log.jsonl", first, stop_at, tensorboard)
-    stream = dict(batch=args.batch_size, workers=args.num_workers, start=first * args.iter_size, rank=run.rank,
-                  world=run.world, pin=run.device.type == "cuda")
-    batches_s = endless(data.source, seed=args.random_seed, **stream)
-    batches_t = None if args.source_only else endless(data.target, seed=args.random_seed + 1, **stream)
-    set_train_mode(net, args.freeze_bn)
-    last_good = resume_file if first else None
-    with runtime.StopRequest() as stop:
-        for i in range(first, stop_at):
+    validation = None if data.validation is None else predict.Validation(
+        data, test_size, pixels, run, folder, bn_stats=args.bn_stats, workers=args.num_workers,
+        max_pictures=args.save_num_images, align_corners=False, aggregate=args.alpha if args.aggregate else 0.0)
+    with Session(run, args, folder, {"": net}, [optimizer], scaler=scaler, meta=meta_of,
+                 prefix=f"{source.name.upper()}_", validation=validation,
+                 free={"num_steps_stop", "association"}) as session:
+        session.header({
+            "weights": loaded, "network": f"DeeplabPixelAssoc {args.arch}, {len(data.classes)} classes",
+            "pixels": pixels, **data.summary(*sizes, target_trains=not args.source_only),
+            "batch": f"{pairs} pairs a step = {args.batch_size} x {run.world} processes x {args.iter_size} passes",
+            "steps": f"{session.iteration} to {stop_at} of {num_steps}, {per_epoch} an epoch"})
+        batches_s = session.batches(data.source, args.random_seed, args.iter_size)
+        batches_t = None if args.source_only else session.batches(data.target, args.random_seed + 1, args.iter_size)
+        set_train_mode(net, args.freeze_bn)
+        for i in session.steps(stop_at):
             lr = set_poly_lr(optimizer, args.learning_rate, i, num_steps, args.power)
             optimizer.zero_grad()
-            sums: dict[str, Tensor] = {}
-            names: list[str] = []
+            losses, names = [], []
             for _ in range(args.iter_size):
                 batch_s = next(batches_s)
-                batch_t = next(batches_t) if batches_t is not None else None
-                names += [*batch_s.name, *(batch_t.name if batch_t is not None else ())]
-                values = backward(net, run.place(batch_s.image), batch_s.label.to(run.device),
-                                  None if batch_t is None else run.place(batch_t.image), terms, run,
-                                  iter_size=args.iter_size, scale=scaler.scale)
-                for key, value in values.items():
-                    sums[key] = sums.get(key, 0.0) + value / args.iter_size
-            values = run.mean_values(sums)
-            runtime.require_finite(values, i + 1, names, last_good)
+                names += batch_s.name
+                x_t = None
+                if batches_t is not None:
+                    batch_t = next(batches_t)
+                    x_t = run.place(batch_t.image)
+                    names += batch_t.name
+                losses.append(step(net, run.place(batch_s.image), batch_s.label.to(run.device), x_t, terms, run,
+                                   iter_size=args.iter_size, loss_asso=ASSOCIATION[args.association],
+                                   scale=scaler.scale))
             run.average_gradients([net])
             scaler.step(optimizer)
             scaler.update()
-
-            done = i + 1
-            runtime.require_finite_weights([net], done, names, last_good)
-            log.step()
-            if done % args.log_every == 0 or done == stop_at:
-                log.losses(done, {**values, "lr": lr})
-            if validation is not None and (done % args.eval_every == 0 or done == stop_at):
-                validation(net, done, meta_of(done), log)
-                set_train_mode(net, args.freeze_bn)
-                if args.save_num_images:
-                    right = draw_associations(net, data, sizes[0], sizes[1], pixels, args.alpha, args.save_num_images,
-                                              folder / "pictures" / f"{done}_associations.png", run)
-                    log.scores(done, {"right_associations": right})
-            leaving = run.any(stop.signal is not None)
-            snapshot = done % args.save_pred_every == 0 or done == stop_at
-            if snapshot or leaving:
-                save(done, snapshot)
-                last_good = resume_file
-            if leaving and done < stop_at:
-                log.close()
-                run.say(f"stopped at iteration {done}; --resume goes on from {resume_file}")
-                return 128 + (stop.signal or 0)
-    if validation is not None:
-        if validation.iteration != stop_at:  # resumed at its end, which had not been scored
-            validation(net, stop_at, meta_of(stop_at), log)
-        validation.report()
-    log.close()
-    run.barrier()
-    return Outcome(net, data, validation and validation.confusion, pixels, test_size)
+            session.end_step(losses, names, lr=lr)
+            if session.validates_now() and validation is not None and args.save_num_images:
+                right = right_associations(net, data, sizes, pixels, args.alpha, args.save_num_images,
+                                           folder / "pictures" / f"{i + 1}_associations.png", run)
+                session.log.scores(i + 1, {"right_associations": right})
+    return session
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -479,33 +423,19 @@ def demo(args: argparse.Namespace) -> int:
     Associations need features that mean something: the paper's come from ImageNet, the demo's from source-only
     training, from where three quarters of the steps at half the rate adapt.
     """
-    outcomes = []
-    for name, changes in (
-            ("source only", {"source_only": True, "bn_stats": "running", "aggregate": False}),
-            ("adapted", {"restore_from": f"{args.snapshot_dir}/source_only/resume.pth",
-                         "num_steps": max(args.num_steps * 3 // 4, 1), "learning_rate": args.learning_rate / 2})):
-        print(f"--- {name}")
-        folder = f"{args.snapshot_dir}/{name.replace(' ', '_')}"
-        outcome = train(argparse.Namespace(**{**vars(args), **changes, "snapshot_dir": folder}))
-        if isinstance(outcome, int):
-            return outcome
-        outcomes.append(outcome)
-    source_only, adapted = outcomes
-    run = runtime.Run(next(adapted.net.parameters()).device, 0, 1, "off")
-    predict.compare((source_only.net, source_only.confusion), (adapted.net, adapted.confusion), adapted.data,
-                    adapted.test_size, adapted.pixels, run, Path("result/demo/pixel_assoc.png"),
-                    bn_stats=args.bn_stats, workers=args.num_workers, align_corners=False)
-    return 0
+    adapted = {"restore_from": f"{args.snapshot_dir}/source_only/resume.pth",
+               "num_steps": max(args.num_steps * 3 // 4, 1), "learning_rate": args.learning_rate / 2}
+    return train_and_compare(train, args, {"source_only": True, "bn_stats": "running", "aggregate": False}, adapted,
+                             Path("result/demo/pixel_assoc.png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.demo:
-        render_demo(Path("data/demo"), seed=args.random_seed)
+        render_demo(Path(f"data/demo/{args.random_seed}"), seed=args.random_seed)
     if args.demo and not args.source_only:
         return demo(args)
-    outcome = train(args)
-    return outcome if isinstance(outcome, int) else 0
+    return train(args).exit_code
 
 
 if __name__ == "__main__":

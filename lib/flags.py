@@ -69,7 +69,7 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[
         p.set_defaults(**{key: value.format(seed=known.random_seed) if isinstance(value, str) else value
                           for key, value in demo.items()})
     args = p.parse_args(argv)
-    args.overwrite = args.overwrite or args.demo and not args.resume
+    args.overwrite = args.overwrite or (args.demo and args.resume in (None, False))
     args.eval_every = args.eval_every or args.save_pred_every
     return args
 
@@ -108,6 +108,31 @@ def add_data(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Two sets of unpaired pictures, for image translation (lib.datasets.unpaired.find_domains)."""
+    group = p.add_argument_group("data: one of --data-root, --data-folder-*, --source with --target")
+    group.add_argument("--data-root", "--data_root", "--dataroot", metavar="FOLDER",
+                       help="holds trainA, trainB and, for pictures to show, testA, testB")
+    for part in ("train", "test"):
+        for domain in "ab":
+            for what in ("folder", "list"):
+                group.add_argument(f"--data-{what}-{part}-{domain}", f"--data_{what}_{part}_{domain}",
+                                   metavar="FOLDER" if what == "folder" else "FILE",
+                                   help=f"pictures of domain {domain.upper()}" if what == "folder" else
+                                   "which of that folder, one a line")
+    group.add_argument("--source", help="domain A as a description in lib/datasets, or a .json file")
+    group.add_argument("--target", help="domain B, likewise")
+    for domain, option in (("source", ""), ("target", "-target")):
+        group.add_argument(f"--data-dir{option}", help=f"folder of the {domain} (default: the description's)")
+        group.add_argument(f"--data-list{option}", help=f"file with one image of the {domain} a line")
+    group.add_argument("--source-set", help="set of the source (default: the description's)")
+    group.add_argument("--set", help="set of the target (default: the description's)")
+    group.add_argument("--num-workers", type=natural, default=min(4, os.cpu_count() or 1),
+                       help="loader processes of each domain")
+    group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
+    return group
+
+
 def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = p.add_argument_group("optimisation")
     group.add_argument("--batch-size", type=count, default=1, help="pairs a process and backward pass")
@@ -118,14 +143,23 @@ def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_run(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None,
+            resume_file: bool = False) -> argparse._ArgumentGroup:
+    """aliases: second names for flags, from a release. resume_file: --resume may name a file."""
     group = p.add_argument_group("run")
+    names = {flag: [flag, *([aliases[flag]] if aliases and flag in aliases else [])]
+             for flag in ("--snapshot-dir", "--eval-every")}
     group.add_argument("--demo", action="store_true", help="render a small pair of domains and show the method on it")
-    group.add_argument("--snapshot-dir", help="weights, resume file, log, pictures")
-    group.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
+    group.add_argument(*names["--snapshot-dir"], help="weights, resume file, log, pictures")
+    if resume_file:
+        group.add_argument("--resume", nargs="?", const="", metavar="FILE",
+                           help="go on from FILE, by default the snapshot folder's resume.pth")
+    else:
+        group.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in the snapshot folder")
     group.add_argument("--save-pred-every", type=count, default=5000, help="iterations between snapshots")
-    group.add_argument("--eval-every", type=count, help="iterations between evaluations (default: as snapshots)")
+    group.add_argument(*names["--eval-every"], type=count,
+                       help="iterations between evaluations (default: as snapshots)")
     group.add_argument("--save-num-images", type=natural, default=2, help="pictures at each evaluation")
     group.add_argument("--log-every", type=count, default=10, help="iterations between log lines")
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")

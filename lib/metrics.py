@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lib.errors import UserError
+from lib.errors import UserError, listed
 
 CHUNK = 1 << 17  # pixels whose 64-bit codes stay in cache
 
@@ -34,15 +34,15 @@ def joint_histogram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return counts.reshape(256, 256)
 
 
-def fold_histogram(joint: np.ndarray, table: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64 [C, C]: the confusion matrix of a joint histogram [256, 256] whose rows are label-file values.
+def fold_rows(joint: np.ndarray, table: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [C, 256]: a joint histogram [256, 256] whose rows, values of label files, are added up by class.
 
-    `table` [256] leads a label value to its class; values that lead outside 0..C-1 are not counted.
+    table [256]: the class of each value; values whose class lies outside 0..C-1 are not counted.
     """
     rows = np.flatnonzero((table >= 0) & (table < num_classes))
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, table[rows], joint[rows, :num_classes])
-    return confusion
+    folded = np.zeros((num_classes, 256), np.int64)
+    np.add.at(folded, table[rows], joint[rows])
+    return folded
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_classes: int, ignore: int = 255,
@@ -59,7 +59,8 @@ def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_classes: int
     wrong = np.flatnonzero(joint[:, num_classes:].any(0)) + num_classes
     if len(wrong):
         raise UserError(f"the prediction holds {listed(wrong)}, but the classes are 0..{num_classes - 1}")
-    confusion = fold_histogram(joint, np.where(np.arange(256) == ignore, -1, np.arange(256)), num_classes)
+    classes = np.where(np.arange(256) == ignore, -1, np.arange(256))
+    confusion = fold_rows(joint, classes, num_classes)[:, :num_classes]
     if out is None:
         return confusion
     out += confusion
@@ -75,11 +76,6 @@ def _bytes(values: np.ndarray, what: str) -> np.ndarray:
 
 def _size(a: np.ndarray) -> str:
     return " x ".join(str(n) for n in a.shape[::-1])
-
-
-def listed(values: Sequence[int]) -> str:
-    """The first values of a list for a message: "7, 9, ..."."""
-    return ", ".join(str(v) for v in values[:8]) + (", ..." if len(values) > 8 else "")
 
 
 def restrict(confusion: np.ndarray, keep: Sequence[int]) -> np.ndarray:
@@ -102,9 +98,16 @@ def per_class_iou(confusion: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(confusion: np.ndarray) -> float:
-    """The mean of `per_class_iou`, nan left out; nan when there is nothing to average."""
-    iou = per_class_iou(confusion)
-    return float("nan") if np.isnan(iou).all() else float(np.nanmean(iou))
+    """The mean of `per_class_iou` without the nan; nan when nothing is left.
+
+    Added from the first class to the last, as the official Cityscapes tool does: NumPy's order of adding gives another
+    last bit.
+    """
+    iou = [float(v) for v in per_class_iou(confusion) if not np.isnan(v)]
+    total = 0.0
+    for value in iou:  # not sum(), which compensates its rounding errors from Python 3.12 on
+        total += value
+    return total / len(iou) if iou else float("nan")
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -138,3 +141,22 @@ def iou_table(names: Sequence[str], confusions: Mapping[str, np.ndarray]) -> str
         lines.append(f"{name:<{first}}" + "".join(f"  {cell:>{max(9, len(label))}}"
                                                   for label, cell in zip(columns, cells, strict=True)))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def selection_table(report: Mapping) -> str:
+    """What a round of self-training selected, one class a line: threshold, per cent of the predicted and of the
+    labelled pixels, IoU of the network that was scored.
+
+    report: {"thresholds", "predicted", "labelled": {class: number}, "iou": {class: 0..1}}.
+    """
+    names = list(report["predicted"])
+    predicted, labelled = (max(sum(report[key].values()), 1) for key in ("predicted", "labelled"))
+    width = max(map(len, names))
+    lines = [f"{'':{width}}  threshold  predicted %  labelled %    IoU"]
+    for name in names:
+        iou = report.get("iou", {}).get(name)
+        lines.append(f"{name:{width}}  {report['thresholds'][name]:9.4f}  "
+                     f"{100 * report['predicted'][name] / predicted:11.2f}  "
+                     f"{100 * report['labelled'][name] / labelled:10.2f}  "
+                     f"{'' if iou is None else format(100 * iou, '5.1f'):>5}".rstrip())
+    return "\n".join(lines)

@@ -15,8 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 
 from lib import checkpoint, ops, visual
-from lib.datasets.description import read_image
 from lib.datasets.folder import DomainPair, ImageFolder, outlive_stop
+from lib.datasets.pictures import read_image
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou
@@ -198,7 +198,7 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
         truth = dataset.truth(index)
         if truth.shape != label.shape:
             label = np.asarray(Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST))
-        confusion += confusion_matrix(truth, label, num_classes, dataset.description.ignore)
+        confusion += confusion_matrix(truth, label, num_classes, dataset.domain.description.ignore)
     return run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
 
 
@@ -218,8 +218,7 @@ def pictures(nets: Mapping[str, nn.Module], data: DomainPair, size: tuple[int, i
         rows.append([Image.fromarray(item.image), *(visual.colour_map(m, data.palette) for m in maps)])
     width = min(max(rows[0][0].width, 256), 480)
     key = visual.legend(data.classes, data.palette, len(rows[0]) * (width + 4) - 4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    visual.panel(rows, ["image", "truth", *nets], width, key=key).save(path)
+    visual.save(visual.panel(rows, ["image", "truth", *nets], width, key=key), path)
 
 
 class Validation:

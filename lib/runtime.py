@@ -106,6 +106,14 @@ class Run:
             dist.all_reduce(value)
         return value
 
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of x [N, ...] (detached) of all processes, in the order of their ranks: [N * world, ...]."""
+        if self.world == 1:
+            return x.detach()
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.detach().contiguous())
+        return torch.cat(parts)
+
     def average_gradients(self, modules: Iterable[nn.Module]) -> None:
         """Mean over processes of every gradient, in place."""
         if self.world == 1:

@@ -120,24 +120,31 @@ class Session:
         self.log = Log(self.run, self.folder / "log.jsonl", self.iteration, tensorboard)
         return self
 
-    def batches(self, dataset, seed: int, passes: int = 1) -> Iterator:
-        """Endless shuffled batches of this process, from where the run stands; ``passes`` batches an iteration."""
-        return endless(dataset, self.args.batch_size, self.args.num_workers, seed=seed, start=self.iteration * passes,
+    def batches(self, dataset, seed: int, passes: int = 1, start: int | None = None) -> Iterator:
+        """Endless shuffled batches of this process, from where the run stands; ``passes`` batches an iteration.
+
+        start: the iteration of this data set to begin at (default: the run's).
+        """
+        start = (self.iteration if start is None else start) * passes
+        return endless(dataset, self.args.batch_size, self.args.num_workers, seed=seed, start=start,
                        rank=self.run.rank, world=self.run.world, pin=self.run.device.type == "cuda")
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
-    def steps(self, stop_at: int, total: int | None = None) -> Iterator[int]:
+    def steps(self, stop_at: int, first: int = 0, total: int | None = None) -> Iterator[int]:
         """The iterations that remain until ``stop_at``; fewer where a signal asks the run to leave.
 
-        total: of the whole run, for the progress bar, where the loop is one part of it (default: ``stop_at``).
+        Where the loop is one part of a longer run, it began at iteration ``first``, from which the intervals of
+        logging, validation and saving are counted, and the run ends at ``total``.
         """
+        self.first, self.stop_at = first, stop_at
         self.log.expect(self.iteration, total or stop_at)
         for i in range(self.iteration, stop_at):
             yield i
             self.iteration = i + 1
-            self.exit_code = self._stop_signal() if i + 1 < self.log.total else 0
-            is_snapshot = self._is_due(self.args.save_pred_every, stop_at)
+            if self.iteration < self.log.total:
+                self.leave_if_asked()
+            is_snapshot = self._is_due(self.args.save_pred_every, self.iteration)
             if is_snapshot and self.prefix is not None:
                 self.save_snapshot()
             if is_snapshot or self.exit_code:
@@ -162,22 +169,23 @@ class Session:
         require_finite(means, done, names, self.last_good)
         require_finite_weights(self.modules.values(), done, names, self.last_good)
         self.log.advance()
-        if done % self.args.log_every == 0 or done == self.log.total:
+        if self._is_due(self.args.log_every, done):
             self.log.losses(done, {**means, **values})
         if self.validates_now():
             self._validate(done)
 
     def validates_now(self) -> bool:
         """True for the iterations after which the network is validated."""
-        done = self.iteration + 1
-        return done % self.args.eval_every == 0 or done == self.log.total
+        return self._is_due(self.args.eval_every, self.iteration + 1)
 
-    def _is_due(self, every: int, stop_at: int) -> bool:
-        return self.iteration % every == 0 or self.iteration == stop_at
+    def _is_due(self, every: int, iteration: int) -> bool:
+        return (iteration - self.first) % every == 0 or iteration == self.stop_at
 
-    def _stop_signal(self) -> int:
-        """The exit code that a signal to any process asks for, or 0."""
-        return 128 + (self.stop.signal or 0) if self.run.any(self.stop.signal is not None) else 0
+    def leave_if_asked(self) -> bool:
+        """Set ``exit_code``, and return True, where a signal has come to any process."""
+        if self.run.any(self.stop.signal is not None):
+            self.exit_code = 128 + (self.stop.signal or 0)
+        return self.exit_code != 0
 
     def _validate(self, iteration: int) -> None:
         if self.validation is not None:
@@ -212,6 +220,63 @@ class Session:
         self.log.close()
         if kind is None:
             self.run.barrier()
+
+
+class Passes:
+    """Several passes over images, by name and in order, that count something and can be resumed at any image.
+
+    counts: integer tensors by name, filled by the caller, each process with its share of the images; they and the
+    position are saved to ``path`` every ``every`` images and after each pass. Saving adds the counts of all processes
+    up on the first one. Only what is not 0 is written.
+    """
+
+    def __init__(self, names: Sequence[str], path: Path, run: Run, counts: Mapping[str, Tensor], every: int,
+                 stop: runtime.StopRequest):
+        self.names, self.path, self.run, self.counts = list(names), path, run, counts
+        self.every, self.stop = every, stop
+        self.passed, self.position = 0, 0    # passes completed; images of the present one, over all processes
+        self.leaving = False                 # a signal asks the run to leave
+        if path.exists():
+            state = checkpoint.load(path)
+            self.passed, self.position = state["stage"], state["position"]
+            if run.is_main:
+                for name, (places, values) in state["counts"].items():
+                    counts[name].view(-1)[places.to(run.device)] = values.to(run.device)
+
+    def over(self, name: str, length: int, load: Callable[[list[int]], Iterable]) -> Iterator[tuple[int, object]]:
+        """(index, item) of this process's share of ``length`` images; nothing where that pass was completed before.
+
+        load: indices -> their items in order.
+        """
+        number = self.names.index(name)
+        if number < self.passed or self.leaving:
+            return
+        world, rank = self.run.world, self.run.rank
+        turns = range(self.position, -(-length // world))
+        items = iter(load([i for i in (n * world + rank for n in turns) if i < length]) if turns else ())
+        for n in turns:
+            if n * world + rank < length:
+                yield n * world + rank, next(items)
+            self.position = n + 1
+            self.leaving = self.run.any(self.stop.signal is not None)
+            if self.leaving or self.position % self.every == 0:
+                self._save()
+            if self.leaving:
+                return
+        self.passed, self.position = number + 1, 0
+        self._save()
+
+    def _save(self) -> None:
+        if self.run.world > 1:
+            for count in self.counts.values():
+                count.copy_(self.run.sum(count))
+                if not self.run.is_main:
+                    count.zero_()
+        if self.run.is_main:
+            places = {name: count.view(-1).nonzero()[:, 0] for name, count in self.counts.items()}
+            checkpoint.save({"stage": self.passed, "position": self.position, "counts": {
+                name: (at.cpu(), self.counts[name].view(-1)[at].cpu()) for name, at in places.items()}}, self.path)
+        self.run.barrier()
 
 
 class Log:

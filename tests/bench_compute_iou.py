@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from compute_iou import score_pair  # noqa: E402
-from lib.datasets.description import label_table, label_values, load_description, read_indices  # noqa: E402
-from lib.metrics import fold_histogram, joint_histogram, per_class_iou  # noqa: E402
+from lib.datasets.description import load_description  # noqa: E402
+from lib.datasets.labels import label_table, label_values, read_indices  # noqa: E402
+from lib.metrics import fold_rows, joint_histogram, per_class_iou  # noqa: E402
 
 DATA = load_description("cityscapes")
 TABLE = label_table(DATA, DATA.classes)
@@ -139,14 +140,14 @@ def main() -> None:
 
         def ours(label: Path, prediction: Path) -> np.ndarray:
             return score_pair((label, prediction), partial(label_values, d=DATA), TABLE, NUM_CLASSES,
-                              range(NUM_CLASSES))[0]
+                              np.arange(256) < NUM_CLASSES)[0][:, :NUM_CLASSES]
 
         decoded = {pair: (read_indices(pair[0]), read_indices(pair[1])) for pair in pairs}
         ways = {"this project": ours, "the original way": original_way}
         if official := official_way():
             ways[official[0]] = official[1]
         ways["(decoding alone)"] = lambda label, prediction: (read_indices(label), read_indices(prediction))
-        ways["(counting alone)"] = lambda *pair: fold_histogram(joint_histogram(*decoded[pair]), TABLE, NUM_CLASSES)
+        ways["(counting alone)"] = lambda *pair: fold_rows(joint_histogram(*decoded[pair]), TABLE, NUM_CLASSES)
         times, ious = {name: [] for name in ways}, {}
         for _ in range(args.repeats):
             for name, way in ways.items():

@@ -1,6 +1,7 @@
 """What tests share: golden numbers (in the folder SEGADAPT_REFERENCE, or the copies here) and both backends."""
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,18 +18,54 @@ def reference_dir() -> Path:
 
 
 def load_reference(name: str):
-    """(scalars and key lists, arrays) of one pair of golden files."""
-    return json.loads((reference_dir() / f"{name}.json").read_text()), np.load(reference_dir() / f"{name}.npz")
+    """(scalars and key lists, arrays) of one pair of golden files; without them the test module is skipped."""
+    files = [reference_dir() / f"{name}.{suffix}" for suffix in ("json", "npz")]
+    for file in files:
+        if not file.exists():
+            pytest.skip(f"{file} does not exist", allow_module_level=True)
+    return json.loads(files[0].read_text()), np.load(files[1])
 
 
-def fill(keys, seed: int, prefix: str = "") -> dict:
-    """The reference's deterministic float64 weights (reference/weights.py) for a list of [key, shape]."""
+def cases(pattern: str, names) -> list[re.Match]:
+    """The names that match ``pattern`` as a whole, in their order."""
+    return [match for match in (re.fullmatch(pattern, name) for name in names) if match]
+
+
+def skipped(case: str, reason: str):
+    """A parameter of pytest for a case that is in the files and cannot be run."""
+    return pytest.param(case, marks=pytest.mark.skip(reason=f"{case}: {reason}"))
+
+
+def scaled(data, name: str):
+    """float64 tensor of an array that is stored as integers, name_x64 being 64 times its value."""
+    import torch
+
+    match, = cases(rf"{re.escape(name)}_x(\d+)", data.files)
+    return torch.from_numpy(data[match.string]).double() / int(match[1])
+
+
+def every(data, name: str) -> tuple[str, tuple[slice, int]]:
+    """(the array that holds every n-th channel or pixel of ``name``, or all of it; what it holds of a [N, C, ..])."""
+    for match in cases(rf"{re.escape(name)}(_every_(\d+)\w\w_(channel|pixel))?", data.files):
+        n = slice(None, None, int(match[2] or 1))
+        return match.string, (slice(None), slice(None), n, n) if match[3] == "pixel" else (slice(None), n)
+    raise KeyError(name)
+
+
+def fill(keys, seed: int, prefix: str = "", checksums=None) -> dict:
+    """The reference's deterministic float64 weights (weights.py of the set) for a list of [key, shape].
+
+    checksums: {key: [sum, L2 norm]} of some of them, to be checked.
+    """
     sys.path.insert(0, str(reference_dir()))
     try:
         import weights
     finally:
         sys.path.pop(0)
-    return weights.fill_state_dict(keys, seed, as_torch=True, prefix=prefix)
+    state = weights.fill_state_dict(keys, seed, as_torch=True, prefix=prefix)
+    for key, (total, norm) in (checksums or {}).items():
+        assert weights.checksum(state[key]) == pytest.approx((total, norm), rel=1e-9, abs=1e-9 * norm), key
+    return state
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 from lib import checkpoint
-from lib.datasets.demo import render_demo
+from lib.demo.streets import render_demo
 
 WIDTH, HEIGHT = 64, 48
 # One thread gives the same bits in every process; the kernels of csrc/ have tests of their own.

@@ -107,10 +107,24 @@ def test_absent_classes_are_left_out_of_the_mean():
     confusion = np.array([[3, 1, 0, 0], [0, 2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     iou = per_class_iou(confusion)
     assert iou[:3].tolist() == [3 / 4, 2 / 5, 0] and np.isnan(iou[3])  # 2 is only predicted, 3 does not occur
-    assert mean_iou(confusion) == np.mean(iou[:3])
+    assert mean_iou(confusion) == pytest.approx(np.mean(iou[:3]), rel=1e-15)
     assert np.isnan(mean_iou(np.zeros((4, 4), np.int64)))
     saved = json.loads(json.dumps(iou_dict("abcd", confusion), allow_nan=False))
     assert saved["iou"] == {"a": .75, "b": .4, "c": 0, "d": None} and saved["confusion"] == confusion.tolist()
+
+
+def test_the_mean_is_added_from_the_first_class_to_the_last():
+    """As the official Cityscapes tool adds it, to the last bit; np.nanmean, math.fsum and Python 3.12's sum differ."""
+    rng, differs = np.random.default_rng(0), 0
+    for _ in range(200):
+        confusion = rng.integers(0, 1000, (19, 19))
+        score_sum, valid_scores = 0.0, 0
+        for score in per_class_iou(confusion).tolist():
+            score_sum += score
+            valid_scores += 1
+        assert mean_iou(confusion) == score_sum / valid_scores
+        differs += np.nanmean(per_class_iou(confusion)) != score_sum / valid_scores
+    assert differs
 
 
 def test_tables_show_one_run_in_full_or_several_side_by_side():
@@ -193,6 +207,72 @@ def test_predictions_may_number_fewer_classes(tmp_path, pairs):
     assert "predictions outside 0..15" in refused(tmp_path, tmp_path / "pred", "--predicted", "16")
 
 
+def test_predictions_may_hold_label_ids(tmp_path, pairs):
+    folder, scores = tmp_path / "pred", tmp_path / "s.json"
+    for name in NAMES:
+        path = folder / f"{name}_leftImg8bit.png"
+        save(IDS[np.array(Image.open(path))], path)
+    done = run(tmp_path, folder, "--label-ids", "--json", scores)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(scores.read_text())["iou"].values()) == iou_by_hand(pairs)
+    message = refused(tmp_path, folder)
+    assert "predictions outside 0..18" in message and "(label ids? Then give --label-ids)" in message
+    save(np.full((30, 40), 34), folder / f"{NAMES[0]}_leftImg8bit.png")  # no value of Cityscapes
+    assert "predictions with unknown label ids" in refused(tmp_path, folder, "--label-ids")
+    assert "not allowed with" in refused(tmp_path, folder, "--label-ids", "--predicted", "16")
+
+
+def test_void_predictions_are_wrong_as_in_the_official_tool(tmp_path, pairs):
+    void = np.random.default_rng(1).random((30, 40)) < .2
+    expected = np.zeros((19, 20), np.int64)
+    for name in NAMES:
+        truth, path = np.array(Image.open(label_file(tmp_path, name))), tmp_path / "pred" / f"{name}_leftImg8bit.png"
+        guess = np.where(void, 19, np.array(Image.open(path)))
+        save(np.append(IDS, 0)[guess], path)
+        known = np.isin(truth, IDS)
+        np.add.at(expected, (np.searchsorted(IDS, truth[known]), guess[known]), 1)
+    done = run(tmp_path, tmp_path / "pred", "--label-ids", "--json", tmp_path / "s.json")
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["confusion"] == expected.tolist() and scores["confusion_columns"][-1] == "void"
+    hits = expected.diagonal()
+    assert list(scores["iou"].values()) == (hits / (expected.sum(1) + expected.sum(0)[:19] - hits)).tolist()
+    assert "===> mIoU: " in done.stdout
+
+
+def test_label_ids_that_could_be_class_indices_are_recognised(tmp_path, pairs):
+    """Road, building and pole alone have ids up to 17: all are class indices too, but wrong ones."""
+    for name in NAMES:
+        ids = IDS[blobs(np.random.default_rng(len(name)), [0, 2, 5])]
+        save(ids, label_file(tmp_path, name))
+        save(ids, tmp_path / "pred" / f"{name}_leftImg8bit.png")
+    message = refused(tmp_path, tmp_path / "pred")
+    assert "the predictions look like label ids" in message
+    assert "--label-ids" in message and "--predicted 19" in message
+    assert "===> mIoU: 100.0\n" in run(tmp_path, tmp_path / "pred", "--label-ids").stdout
+    assert "===> mIoU: 0.0\n" in run(tmp_path, tmp_path / "pred", "--predicted", "19").stdout
+
+
+@pytest.mark.parametrize("values", [[7], [7, 8, 11, 12, 13, 17], range(19)])
+def test_a_network_that_learnt_nothing_is_scored(tmp_path, pairs, values):
+    """Its classes are the right ones at places, as label ids too by chance: road is 7, which is also traffic sign."""
+    rng = np.random.default_rng(2)
+    for name in NAMES:
+        truth = blobs(rng, [0, 0, 0, 0, 2, 7, 8], (200, 300))
+        save(IDS[truth], label_file(tmp_path, name))
+        save(blobs(rng, list(values), (200, 300)), tmp_path / "pred" / f"{name}_leftImg8bit.png")
+    done = run(tmp_path, tmp_path / "pred")
+    assert done.returncode == 0 and "===> mIoU: " in done.stdout, done.stderr
+
+
+def test_label_ids_of_colours_are_refused(tmp_path):
+    (tmp_path / "rgb.json").write_text(json.dumps({
+        "name": "rgb", "root": ".", "images": "i/{n}.png", "labels": "labels/{n}.png", "size": [4, 4],
+        "sets": {"train": "a", "val": "a"}, "encoding": "rgb", "classes": [{"name": "x", "color": [0, 0, 1]}]}))
+    save(np.full((4, 4, 3), (0, 0, 1)), tmp_path / "labels/1.png")
+    message = refused(tmp_path, tmp_path, "--data", tmp_path / "rgb.json", "--label-ids")
+    assert "the labels of 'rgb' are colours" in message
+
+
 def test_processes_change_nothing(tmp_path, pairs):
     one, two = (run(tmp_path, tmp_path / "pred", "--workers", n) for n in (1, 2))
     assert one.returncode == 0 and one.stdout == two.stdout
@@ -214,7 +294,14 @@ def test_the_original_devkit_folder(tmp_path, pairs):
     done = run(tmp_path / "gtFine/val", tmp_path / "pred", "--devkit_dir", kit)
     assert done.returncode == 0 and done.stdout == listed.stdout and done.stdout.endswith("2 images\n")
     assert "--devkit_dir takes the place" in refused(tmp_path, tmp_path / "pred", "--devkit_dir", kit, "--data", "gta5")
+    again = run(tmp_path / "gtFine/val", tmp_path / "pred", "--devkit_dir", kit, "--predicted", "19")
+    assert again.stdout == done.stdout
+    for index in (100000, -1, 19):
+        (kit / "info.json").write_text(json.dumps({**info, "label2train": [[7, index]]}))
+        message = refused(tmp_path / "gtFine/val", tmp_path / "pred", "--devkit_dir", kit)
+        assert f"'label2train' has the class {index}, but 'label' names the classes 0..18" in message
     (kit / "val.txt").write_text("one\n")
+    (kit / "info.json").write_text(json.dumps(info))
     arguments = tmp_path / "gtFine/val", tmp_path / "pred", "--devkit_dir", kit
     assert "label.txt has 2 lines and val.txt 1" in refused(*arguments)
     (kit / "info.json").write_text("{}")
@@ -287,10 +374,49 @@ def test_mistakes_on_the_command_line_are_named(tmp_path, pairs):
     assert "one is given twice" in refused(*good, "--classes", "road,road")
     assert "no data set 'kitti'" in refused(*good, "--data", "kitti")
     assert "--workers" in refused(*good, "--workers", "0")
-    assert "no such folder" in refused(*good, "--json", tmp_path / "nowhere/s.json")
-    assert "gone.txt: cannot be read" in refused(*good, "--list", tmp_path / "gone.txt")
+    assert "--workers 100000: at most 64 processes" in refused(*good, "--workers", "100000")
+    assert "gone.txt: no such file" in refused(*good, "--list", tmp_path / "gone.txt")
     (tmp_path / "empty.txt").write_text("\n")
     assert "the list is empty" in refused(*good, "--list", tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize("line, said", [
+    ("x" * 5000, "x..."), ("/", " /"), (".", " ."), ("..", " .."), ("\0", "\0"), ("../../a.png", " ../../a.png")])
+def test_list_lines_that_name_no_image(tmp_path, pairs, line, said):
+    (tmp_path / "list.txt").write_text(f"frankfurt/{NAMES[0]}_leftImg8bit.png\n{line}\n")
+    message = refused(tmp_path / "gtFine", tmp_path / "pred", "--list", tmp_path / "list.txt")
+    assert "1 of 2 images have no label" in message and message.endswith(f"{said}\n") and len(message) < 2000
+
+
+def test_a_list_with_a_byte_order_mark(tmp_path, pairs):
+    (tmp_path / "list.txt").write_text(f"{NAMES[0]}_leftImg8bit.png\n", encoding="utf-8-sig")
+    assert run(tmp_path, tmp_path / "pred", "--list", tmp_path / "list.txt").stdout.endswith("1 images\n")
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfea\0")
+    assert "not a UTF-8 text file" in refused(tmp_path, tmp_path / "pred", "--list", tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("name, said", [
+    ("", "it is a folder"), ("nowhere/s.json", "No such file or directory"), ("x" * 300, "File name too long"),
+    ("pred/s.json/s.json", "No such file or directory")])
+def test_where_scores_cannot_be_written(tmp_path, pairs, name, said):
+    """Before anything is scored: one of the predictions is missing, and nothing says so."""
+    (tmp_path / "pred" / f"{NAMES[0]}_leftImg8bit.png").unlink()
+    message = refused(tmp_path, tmp_path / "pred", "--json", tmp_path / name)
+    assert said in message and "Choose another --json" in message and message.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+def test_a_full_disk_and_a_reader_that_leaves(tmp_path, pairs):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(tmp_path / "pred")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "compute_iou.py: the scores cannot be written: No space left on device\n"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 2 and done.stderr.endswith("Broken pipe\n") and done.stderr.count("\n") == 1
 
 
 def test_it_starts_without_torch_and_at_once(tmp_path, pairs):

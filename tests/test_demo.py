@@ -1,4 +1,4 @@
-"""lib/datasets/demo.py: layouts on disk, exact labels, the same bytes for the same seed."""
+"""lib/demo/streets: layouts on disk, exact labels, the same bytes for the same seed."""
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.datasets import demo
+from lib.demo.streets import look, render
 from lib.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +20,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return demo.render_demo(tmp_path_factory.mktemp("demo") / "pair", seed=3, n_source=40, n_target=30, n_val=30)
+    return render.render_demo(tmp_path_factory.mktemp("demo") / "pair", seed=3, n_source=40, n_target=30, n_val=30)
 
 
 SPLITS = {"source": ("gta5/images/*.png", 40), "train": ("cityscapes/leftImg8bit/train/*/*_leftImg8bit.png", 30),
@@ -41,16 +41,16 @@ def test_every_image_has_its_label_of_known_ids(pair, split):
         assert label.mode == ("P" if split == "source" else "L")
         pixels += np.bincount(np.asarray(label).ravel(), minlength=256)
     share = pixels / pixels.sum()
-    assert set(np.flatnonzero(pixels)) <= {*demo.CLASSES, demo.VOID}
-    assert sum(share[i] > .002 for i in demo.CLASSES) >= 12, {i: round(float(share[i]), 4) for i in demo.CLASSES}
-    assert share[demo.VOID] < .03
+    assert set(np.flatnonzero(pixels)) <= {*look.CLASSES, look.VOID}
+    assert sum(share[i] > .002 for i in look.CLASSES) >= 12, {i: round(float(share[i]), 4) for i in look.CLASSES}
+    assert share[look.VOID] < .03
 
 
 def test_source_labels_carry_the_palette(pair):
     label = Image.open(pair / "gta5/labels/00001.png")
     rgb, ids = np.asarray(label.convert("RGB")), np.asarray(label)
     for i in np.unique(ids):
-        assert (rgb[ids == i] == demo.CLASSES[i]).all()
+        assert (rgb[ids == i] == look.CLASSES[i]).all()
 
 
 def test_the_domains_look_different_and_are_laid_out_alike(pair):
@@ -64,7 +64,7 @@ def test_the_domains_look_different_and_are_laid_out_alike(pair):
     def rows(pattern, ids):  # the share of some classes in each row of the pictures
         return np.mean([np.isin(np.asarray(Image.open(p)), ids).mean(1) for p in pair.glob(pattern)], 0)
 
-    for ids in ([demo.ROAD], [demo.SKY]):
+    for ids in ([look.ROAD], [look.SKY]):
         a, b = rows("gta5/labels/*.png", ids), rows("cityscapes/gtFine/train/*/*.png", ids)
         assert np.abs(a - b).mean() < .1
 
@@ -82,7 +82,7 @@ def test_labels_follow_the_picture(pair):
 
 
 def test_same_seed_same_bytes_and_another_seed_another_pair(tmp_path):
-    first, again, other = (files(demo.render_demo(tmp_path / name, seed, **SMALL))
+    first, again, other = (files(render.render_demo(tmp_path / name, seed, **SMALL))
                            for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert first == again
     assert first.keys() == other.keys() and len(first) == 2 * (3 + 4 + 2) + 1
@@ -91,14 +91,14 @@ def test_same_seed_same_bytes_and_another_seed_another_pair(tmp_path):
 
 
 def test_a_rendered_pair_is_reused_and_other_settings_render_again(tmp_path):
-    root = demo.render_demo(tmp_path / "demo", 1, **SMALL)
+    root = render.render_demo(tmp_path / "demo", 1, **SMALL)
     mark = root / "gta5/images/00001.png"
     before, stamp = files(root), mark.stat().st_mtime_ns
-    demo.render_demo(root, 1, **SMALL)
+    render.render_demo(root, 1, **SMALL)
     assert mark.stat().st_mtime_ns == stamp
-    demo.render_demo(root, 1, **{**SMALL, "n_source": 2})
+    render.render_demo(root, 1, **{**SMALL, "n_source": 2})
     assert len(list((root / "gta5/images").iterdir())) == 2
-    demo.render_demo(root, 1, **SMALL)
+    render.render_demo(root, 1, **SMALL)
     assert files(root) == before
     assert [p.name for p in tmp_path.iterdir()] == ["demo"], "no draft is left beside"
 
@@ -107,22 +107,22 @@ def test_an_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "render_view", stop)
+    monkeypatch.setattr(render, "render_view", stop)
     with pytest.raises(KeyboardInterrupt):
-        demo.render_demo(tmp_path / "demo", 1, **SMALL)
+        render.render_demo(tmp_path / "demo", 1, **SMALL)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_other_files_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="other files"):
-        demo.render_demo(tmp_path, 1, **SMALL)
+        render.render_demo(tmp_path, 1, **SMALL)
     assert files(tmp_path) == {"thesis.txt": b"mine"}
 
 
 def test_the_command_renders_any_size_and_refuses_in_one_line(tmp_path):
     def call(out: Path):
-        command = [sys.executable, "-m", "lib.datasets.demo", str(out), "--size", "32", "16", "--counts", "2", "1", "1"]
+        command = [sys.executable, "-m", "lib.demo.streets", str(out), "--size", "32", "16", "--counts", "2", "1", "1"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert call(tmp_path / "out").returncode == 0

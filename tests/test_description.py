@@ -12,15 +12,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from lib.datasets.description import (
-    label_path,
-    label_table,
-    list_images,
-    load_description,
-    read_image,
-    read_label,
-    select_classes,
-)
+from lib.datasets.description import Domain, load_description, select_classes
+from lib.datasets.labels import label_table, read_label
+from lib.datasets.pictures import read_image
 from lib.errors import UserError
 
 SHIPPED = ("gta5", "synthia", "cityscapes", "cross-city", "camvid", "idd_lite", "demo")
@@ -38,6 +32,11 @@ def described(folder: Path, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.json").write_text(json.dumps(entries))
     return load_description(folder / "mine.json")
+
+
+def label_path(d, root: Path, image: Path, set_: str) -> Path:
+    path, = Domain.open(d, root, set_).label_paths([image])
+    return path
 
 
 def touch(*paths: Path) -> None:
@@ -112,19 +111,57 @@ def test_cityscapes_values_are_the_official_ones():
     ({"classes": [{"name": "a", "color": [1, 1, 1]}]}, "'ids'"),
     ({"subsets": {"2": ["road", "tram"]}}, "'subsets'"),
     ({"maps": {"other": {"tree": "tram"}}}, "'tram', no class here"),
+    ({"maps": {"other": {"tree": 9}}}, "'9', no class here"),
+    ({"name": "../mine"}, "'name' becomes part of file names"),
+    ({"name": ".."}, "'name' becomes part of file names"),
+    ({"name": "a/b"}, "'name' becomes part of file names"),
+    ({"name": "x" * 300}, "'name' becomes part of file names"),
+    ({"name": 3}, "'name' must be a text"),
+    ({"images": "images\0/{stem}.png"}, "'images' holds a null character"),
+    ({"size": [0, 5]}, "'size'"),
+    ({"size": [64, 1 << 20]}, "'size'"),
+    ({"void": "0"}, "'void' must be a list"),
+    ({"void": [["x" * 5000]]}, "not ['xxx"),
+    ({"encoding": ["ids"]}, "unknown 'encoding'"),
+    ({"maps": []}, "'maps' must be"),
+    ({"subsets": {"2": "road"}}, "'subsets'"),
 ])
 def test_mistakes_in_a_description_are_named(tmp_path, changes, message):
     with pytest.raises(UserError) as e:
         described(tmp_path, **changes)
-    assert message in str(e.value) and "mine.json" in str(e.value)
+    assert message in str(e.value) and "mine.json" in str(e.value) and len(str(e.value)) < 1000
 
 
 def test_broken_and_missing_files_are_named(tmp_path):
     (tmp_path / "x.json").write_text('{"name": 1,,}')
     with pytest.raises(UserError, match=r"x.json: not JSON: .* at line 1, column"):
         load_description(tmp_path / "x.json")
-    with pytest.raises(UserError, match="camvid, cityscapes"):
-        load_description("kitti")
+    for name in ("kitti", "x" * 5000, ".", "/", "../cityscapes", ""):
+        with pytest.raises(UserError, match="camvid, cityscapes") as e:
+            load_description(name)
+        assert len(str(e.value)) < 1000
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"[" * 100_000 + b"]" * 100_000, "brackets are nested too deeply"),
+    (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "brackets are nested too deeply"),
+    (json.dumps({**MINIMAL, "ignore": 0}).replace(" 0}", " " + "9" * 6000 + "}").encode(), "4300 digits|255"),
+    (b"\xff\xfe{}", "not a UTF-8 text file"),
+    (b"", "not JSON"),
+    (b"[]", "a description is one JSON object"),
+    (b"null", "a description is one JSON object"),
+    (json.dumps({**MINIMAL, "size": [float("nan"), 1e999]}).encode(), "'size' must be"),
+])
+def test_files_that_are_no_description(tmp_path, content, message):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match=message) as e:
+        load_description(tmp_path / "x.json")
+    assert "x.json" in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 1000
+
+
+def test_a_description_may_have_a_byte_order_mark(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(MINIMAL), encoding="utf-8-sig")
+    assert load_description(tmp_path / "x.json").name == "mine"
 
 
 def test_images_and_labels_of_the_cityscapes_layout(tmp_path):
@@ -132,17 +169,16 @@ def test_images_and_labels_of_the_cityscapes_layout(tmp_path):
     images = [tmp_path / f"leftImg8bit/train/{n.split('_')[0]}/{n}_leftImg8bit.png" for n in names]
     touch(*images, tmp_path / "leftImg8bit/val/jena/jena_0_leftImg8bit.png")
     touch(tmp_path / "leftImg8bit/train/bonn/notes.png")
-    found = list_images(d, tmp_path, "train")
+    found = Domain.open(d, tmp_path, "train").list_images()
     assert found == sorted(images)
     assert label_path(d, tmp_path, found[0], "train") == (
         tmp_path / "gtFine/train/bonn/bonn_000000_000019_gtFine_labelIds.png")
     with pytest.raises(UserError, match="leftImg8bit/test/"):
-        list_images(d, tmp_path, "test")
+        Domain.open(d, tmp_path, "test").list_images()
     with pytest.raises(UserError, match="no such folder"):
-        list_images(d, tmp_path / "nowhere", "train")
+        Domain.open(d, tmp_path / "nowhere", "train").list_images()
     with pytest.raises(UserError, match="does not match"):
         label_path(d, tmp_path, tmp_path / "leftImg8bit/train/bonn/notes.png", "train")
-    assert label_path(d, str(tmp_path), str(found[0]), "train").name.endswith("labelIds.png")
 
 
 @pytest.mark.parametrize("line", ["bonn/b_0_leftImg8bit.png", "leftImg8bit/train/bonn/b_0_leftImg8bit.png"])
@@ -150,34 +186,79 @@ def test_list_lines_are_relative_to_the_images_or_the_root(tmp_path, line):
     d = load_description("cityscapes")
     touch(*(tmp_path / f"leftImg8bit/train/bonn/b_{n}_leftImg8bit.png" for n in range(2)))
     (tmp_path / "one.txt").write_text(f"\n{line}\n\n")
-    found = list_images(d, tmp_path, "train", tmp_path / "one.txt")
+    found = Domain.open(d, tmp_path, "train", tmp_path / "one.txt").list_images()
     assert found == [tmp_path / "leftImg8bit/train/bonn/b_0_leftImg8bit.png"]
 
 
 def test_lists_keep_their_order_and_name_what_is_missing(tmp_path):
     d, listed = load_description("gta5"), tmp_path / "list.txt"
     touch(*(tmp_path / f"images/{n:05}.png" for n in range(1, 4)))
-    assert [p.name for p in list_images(d, tmp_path, "train")] == ["00001.png", "00002.png", "00003.png"]
+    assert [p.name for p in Domain.open(d, tmp_path, "train").list_images()] == ["00001.png", "00002.png", "00003.png"]
     listed.write_text("00003.png\n00001.png\n")
-    assert [p.name for p in list_images(d, tmp_path, "train", listed)] == ["00003.png", "00001.png"]
+    assert [p.name for p in Domain.open(d, tmp_path, "train", listed).list_images()] == ["00003.png", "00001.png"]
     listed.write_text("00003.png\n00009.png\n")
     with pytest.raises(UserError, match="1 of 2 images do not exist.*00009.png"):
-        list_images(d, tmp_path, "train", listed)
+        Domain.open(d, tmp_path, "train", listed).list_images()
     listed.write_text("\n")
     with pytest.raises(UserError, match="the list is empty"):
-        list_images(d, tmp_path, "train", listed)
+        Domain.open(d, tmp_path, "train", listed).list_images()
     with pytest.raises(UserError, match="no set 'val'"):
-        list_images(d, tmp_path, "val")  # all images would be taken, those of the training too
+        Domain.open(d, tmp_path, "val").list_images()  # all images would be taken, those of the training too
+
+
+def test_list_lines_that_name_no_image(tmp_path):
+    """Lines that lead to a folder, out of the root, or nowhere; each is named, cut where it is too long."""
+    d = load_description("gta5")
+    touch(tmp_path / "data/images/1.png", tmp_path / "other/2.png")
+    for line in ("x" * 5000, "/", ".", "..", "\0", "images", "\x1b[31m"):
+        (tmp_path / "list.txt").write_text(f"1.png\n{line}\n")
+        with pytest.raises(UserError, match="list.txt: 1 of 2 images do not exist") as e:
+            Domain.open(d, tmp_path / "data", "train", tmp_path / "list.txt").list_images()
+        assert len(str(e.value)) < 1000
+    (tmp_path / "list.txt").write_text("../../other/2.png\n")  # is there, but has no label
+    domain = Domain.open(d, tmp_path / "data", "train", tmp_path / "list.txt")
+    with pytest.raises(UserError, match="2.png: has no label: it does not match the pattern"):
+        domain.label_paths(domain.list_images())
+    (tmp_path / "list.txt").write_text("1.png\n", encoding="utf-8-sig")
+    assert domain.list_images() == [tmp_path / "data/images/1.png"]
+
+
+def test_a_domain_takes_what_it_is_not_told_from_its_description(tmp_path):
+    domain = Domain.open("gta5")
+    assert (domain.root, domain.set, domain.list_file) == (Path("data/GTA5"), "train", None)
+    assert Domain.open("camvid", default_set="source").set == "day_train"
+    assert Domain.open("camvid", default_set="val").set == "dusk_test"
+    domain = Domain.open("camvid", tmp_path, "mine", "list.txt")
+    assert (domain.root, domain.set, domain.list_file) == (tmp_path, "mine", Path("list.txt"))
+    assert (domain.name, domain.size) == ("camvid", (480, 360)) and str(domain) == f"camvid ({tmp_path}, mine)"
+    other = domain.with_set("dusk_test")
+    assert (other.root, other.set, other.list_file) == (tmp_path, "dusk_test", None)
+
+
+def test_a_data_set_in_the_working_directory(tmp_path, monkeypatch):
+    touch(tmp_path / "images/1.png")
+    monkeypatch.chdir(tmp_path)
+    for root in (".", tmp_path, "./"):
+        domain = Domain.open("gta5", root)
+        assert [path.resolve() for path in domain.label_paths(domain.list_images())] == [tmp_path / "labels/1.png"]
+
+
+def test_the_order_of_images_is_that_of_their_folders(tmp_path):
+    """As Path sorts: "a" before "a-b", though "-" comes before "/"; the seeds of all draws count on it."""
+    d = described(tmp_path, images="{city}/{stem}.png")
+    names = ["a-b/1.png", "a/2.png", "a/1.png", "a0/1.png"]
+    touch(*(tmp_path / name for name in names))
+    assert Domain.open(d, tmp_path).list_images() == sorted(tmp_path / name for name in names)
 
 
 def test_the_sets_of_camvid_are_its_lists(tmp_path):
     d = load_description("camvid")
     touch(*(tmp_path / f"images/{n}.jpg" for n in "abc"), tmp_path / "lists/day_train.txt")
     (tmp_path / "lists/day_train.txt").write_text("c.jpg\na.jpg\n")
-    assert [p.name for p in list_images(d, tmp_path, d.sets["source"])] == ["c.jpg", "a.jpg"]
+    assert [p.name for p in Domain.open(d, tmp_path, d.sets["source"]).list_images()] == ["c.jpg", "a.jpg"]
     assert label_path(d, tmp_path, tmp_path / "images/c.jpg", "day_train") == tmp_path / "labels/c.png"
     with pytest.raises(UserError, match="dusk_test.txt: no such list"):
-        list_images(d, tmp_path, d.sets["val"])
+        Domain.open(d, tmp_path, d.sets["val"]).list_images()
 
 
 @pytest.mark.parametrize("name, image, label", [
@@ -194,7 +275,8 @@ def test_labels_of_the_other_layouts(tmp_path, name, image, label):
 def test_a_set_without_labels(tmp_path):
     entries = json.loads((ROOT / "lib/datasets/gta5.json").read_text())
     (tmp_path / "x.json").write_text(json.dumps({**entries, "labels": None}))
-    assert label_path(load_description(tmp_path / "x.json"), tmp_path, tmp_path / "images/1.png", "train") is None
+    with pytest.raises(UserError, match="has no labels, and they are needed"):
+        label_path(load_description(tmp_path / "x.json"), tmp_path, tmp_path / "images/1.png", "train")
 
 
 def test_a_placeholder_may_occur_twice(tmp_path):
@@ -297,6 +379,24 @@ def test_two_labellings_meet_without_code(tmp_path):
     assert label_table(camvid, mine.classes, mine)[[3, 8, 5, 0]].tolist() == [255, 0, 1, 255]
     with pytest.raises(UserError, match="fewer than two classes"):
         select_classes(mine, load_description("idd_lite"))
+
+
+def test_a_misspelt_class_of_a_map_is_named(tmp_path):
+    """It would drop the labels of that class without a word."""
+    mine = described(tmp_path, maps={"camvid": {"treee": "road", "car": "car"}})
+    with pytest.raises(UserError, match="'maps' of the data set 'mine' names treee, no class of 'camvid', which has"):
+        select_classes(mine, load_description("camvid"))
+    with pytest.raises(UserError, match="treee"):
+        label_table(load_description("camvid"), mine.classes, mine)
+    select_classes(mine, load_description("gta5"))  # the map is not for this one
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_maps_name_classes_of_their_data_sets(name):
+    d = load_description(name)
+    for other, mapping in d.maps.items():
+        assert set(mapping) <= set(load_description(other).classes)
+        assert len(select_classes(d, load_description(other))) > 1
 
 
 def test_void_and_unselected_classes_are_ignored_unknown_values_are_not():

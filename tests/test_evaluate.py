@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lib.models.discriminator import FCDiscriminator
 from PIL import Image
 from scripts import execute, message, render
 
@@ -18,8 +19,8 @@ from lib import checkpoint, ops
 from lib.datasets.description import load_description
 from lib.errors import UserError
 from lib.models.deeplab import build
-from lib.models.discriminator import FCDiscriminator
 from lib.models.fcn8s import FCN8s
+from train_adaptsegnet import FCDiscriminator
 
 DEMO = load_description("demo")
 
@@ -130,6 +131,7 @@ def test_a_file_of_the_release_on_any_pictures(place):
             assert Image.open(out / (Path(name).name + ending)).size == size
     assert "Deeplab resnet18, 19 classes, ASPP released" in printed and "pixels     caffe" in printed
     assert "no labels" in printed and "mean" not in printed
+    assert "of pictures at (64, 48), no labels" in printed
     assert "no labels to score against" in refusal(place, "--images", "pictures", "--json", "x.json")
     Image.new("RGB", (9, 9)).save(place / "pictures/sub/wide.png")
     text = refusal(place, "--images", "pictures")
@@ -143,6 +145,8 @@ def test_a_checkpoint_of_crst(place):
     path.parent.mkdir(exist_ok=True)
     pixels = np.kron(np.random.default_rng(5).integers(0, 256, (3, 4, 3)), np.ones((16, 16, 1))).astype(np.uint8)
     Image.fromarray(pixels).save(path)
+    assert "1 of one at a height of 512 pixels, no labels" in evaluate(
+        place, "--images", "one", "--save", "none", "--aspp", "full", file="crst.pth")
     printed = evaluate(place, "--images", "one", "--size", "64,48", "--save", "crst", "--aspp", "full", "--pixels",
                        "imagenet", file="crst.pth")
     assert "Deeplab resnet18, 19 classes, ASPP full" in printed and "pixels     imagenet" in printed
@@ -262,7 +266,7 @@ BAD = {
     "other classes": lambda place: (["--num-classes", "19"], ["has 14 classes"]),
     "no data": lambda place: (["--data-dir", "nowhere"], ["nowhere: no such folder"]),
     "no such set": lambda place: ([*on_demo(place), "--set", "test"], ["no image of the set 'test'"]),
-    "no pictures": lambda place: (["--images", "nowhere"], ["--images nowhere: no such folder"]),
+    "no pictures": lambda place: (["--images", "nowhere"], ["nowhere: no such folder; it should hold pictures"]),
     "unreadable picture": spoil_picture,
     "label of another size": label_without_image_size,
     "a label missing": label_missing,

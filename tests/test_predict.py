@@ -8,10 +8,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lib import ops, predict
-from lib.datasets.demo import render_demo
-from lib.datasets.description import load_description
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
 from lib.datasets.transforms import Augment, to_tensor
+from lib.demo.streets import render_demo
 from lib.errors import UserError
 from lib.metrics import confusion_matrix
 from lib.models.deeplab import build, logits_of
@@ -178,7 +178,8 @@ def test_processes_share_the_images(images):
 def test_the_score_is_that_of_the_saved_predictions(demo, images, tmp_path):
     description = load_description("demo")
     net = network("DeeplabMulti", classes=len(description.classes), dtype=torch.float32).train()
-    dataset = ImageFolder(description, demo / "cityscapes", "val", description.classes, Augment(SIZE, "imagenet"))
+    dataset = ImageFolder(Domain.open(description, demo / "cityscapes", "val"), description.classes,
+                          Augment(SIZE, "imagenet"))
     for n, _, label in predict.predictions(predict.prepare(net), predict.ViewSet(images, SIZE, "imagenet"), RUN):
         Image.fromarray(label).save(tmp_path / f"{n}.png")
     expected = np.zeros((14, 14), np.int64)

@@ -1,138 +1,231 @@
-"""Networks of adaptsegnet_models.*, and the iterations of adaptsegnet_steps.* with the script's own functions."""
+"""Networks of adaptsegnet_models.*, and the iterations of adaptsegnet_steps.* with the script's own functions.
+
+Which networks, layers, variants and settings there are is what the files say.
+"""
+import re
+from functools import lru_cache
+
 import numpy as np
 import pytest
 import torch
-from conftest import fill, load_reference
+from conftest import cases, fill, load_reference, scaled, skipped
 from torch.nn import functional as F
 
 import train_adaptsegnet as script
-from lib.models.deeplab import Deeplab, DeeplabMulti, DeeplabVGG
-from lib.models.discriminator import FCDiscriminator
+from lib import checkpoint
+from lib.errors import UserError
+from lib.models.deeplab import build
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
 from lib.runtime import Run
 
-NETWORKS = {"deeplab_multi": DeeplabMulti, "deeplab_single": Deeplab, "deeplab_vgg": DeeplabVGG,
-            "discriminator": FCDiscriminator}
+MODELS, ARRAYS = load_reference("adaptsegnet_models")
+STEPS, IMAGES = load_reference("adaptsegnet_steps")
 
 
-@pytest.fixture(scope="module")
-def models():
-    return load_reference("adaptsegnet_models")
+# --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def build(info, name, dtype=torch.float64):
-    net = NETWORKS[name](info["num_classes"]).to(dtype)
-    keys = info["models"][name]["keys"]
-    assert [[k, list(v.shape)] for k, v in net.state_dict().items()] == keys
-    net.load_state_dict(fill(keys, info["seed"]))
-    return net
+def is_discriminator(keys) -> bool:
+    return {"conv4.weight", "classifier.weight"} <= {key for key, _ in keys}
+
+
+def new_network(keys) -> torch.nn.Module:
+    """The network of ours that these keys and shapes describe, in float64. Raises UserError for any other."""
+    shapes = {key: torch.empty(shape, device="meta") for key, shape in keys}
+    if is_discriminator(keys):
+        net = script.FCDiscriminator(shapes["conv1.weight"].shape[1], ndf=shapes["conv1.weight"].shape[0])
+    else:
+        found = checkpoint.recognise(shapes)
+        net = build(found["model"], found["num_classes"], found["arch"])
+    assert [[key, list(value.shape)] for key, value in net.state_dict().items()] == keys
+    return net.double()
+
+
+def filled_network(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    model = MODELS["models"][name]
+    net = new_network(model["keys"])
+    net.load_state_dict(fill(model["keys"], MODELS["seed"], checksums=model.get("weight_checksums")))
+    return net.to(dtype)
 
 
 def relative_error(ours, golden):
     ours = np.asarray(ours.detach() if torch.is_tensor(ours) else ours, dtype=np.float64)
+    assert ours.shape == golden.shape
     return np.abs(ours - golden).max() / np.abs(golden).max()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("name", ["deeplab_multi", "deeplab_single", "deeplab_vgg"])
-def test_network(models, name, dtype, tolerance):
-    info, data = models
-    net = build(info, name, dtype)
-    frozen = {k for k, p in net.named_parameters() if not p.requires_grad}
-    assert frozen == set(info["models"][name]["requires_grad_false"])
-    x = torch.from_numpy(data["input"]).to(dtype)
-    for mode in ("eval", "train"):
-        if f"{name}_{mode}_out1" not in data and f"{name}_{mode}_out" not in data:
-            continue  # the VGG network has no train-mode output of its own
+def network_cases(discriminators: bool) -> list:
+    """Names of the networks, or of the discriminators, whose outputs the files hold."""
+    names = []
+    for name, model in MODELS["models"].items():
+        output = rf"{re.escape(name)}_out" if discriminators else rf"{re.escape(name)}_(eval|train)_out\d*"
+        if is_discriminator(model["keys"]) != discriminators or not cases(output, ARRAYS.files):
+            continue
+        try:
+            new_network(model["keys"])
+            names.append(name)
+        except UserError as error:
+            names.append(skipped(name, str(error)))
+    return names
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", network_cases(discriminators=False))
+def test_network(name, dtype, tolerance):
+    model = MODELS["models"][name]
+    net = filled_network(name, dtype)
+    frozen = {key for key, p in net.named_parameters() if not p.requires_grad}
+    assert frozen == set(model["requires_grad_false"])
+    x = torch.from_numpy(ARRAYS["input"]).to(dtype)
+    compared = cases(rf"{re.escape(name)}_(eval|train)_out(\d*)", ARRAYS.files)
+    for mode in dict.fromkeys(match[1] for match in compared):
         net.train(mode == "train")
         with torch.no_grad():
             outputs = net(x)
         outputs = {"1": outputs[0], "2": outputs[1]} if isinstance(outputs, tuple) else {"": outputs}
-        for suffix, output in outputs.items():
-            assert relative_error(output, data[f"{name}_{mode}_out{suffix}"]) <= tolerance
+        golden = {match[2]: ARRAYS[match.string] for match in compared if match[1] == mode}
+        for number, values in golden.items():
+            assert relative_error(outputs[number], values) <= tolerance
     state = net.state_dict()
-    for layer in info["models"][name].get("train_bn_layers", []):
-        assert state[f"{layer}.num_batches_tracked"] == info["models"][name]["num_batches_tracked_after_train"]
-        for statistic in ("running_mean", "running_var"):
-            assert relative_error(state[f"{layer}.{statistic}"],
-                                  data[f"{name}_after_train__{layer}.{statistic}"]) <= tolerance
+    for match in cases(rf"{re.escape(name)}_after_train__(.+)\.(running_mean|running_var)", ARRAYS.files):
+        layer, statistic = match.groups()
+        assert state[f"{layer}.num_batches_tracked"] == model["num_batches_tracked_after_train"]
+        assert relative_error(state[f"{layer}.{statistic}"], ARRAYS[match.string]) <= tolerance
 
 
-def test_discriminator(models):
-    info, data = models
-    net = build(info, "discriminator")
-    logits = torch.from_numpy(data["discriminator_logits_x16"]).double() / 16
-    assert relative_error(net(F.softmax(logits, 1)), data["discriminator_out"]) <= 1e-9
-    level2 = torch.from_numpy(data["deeplab_multi_eval_out2"])
-    up = F.interpolate(level2, data["input"].shape[2:], mode="bilinear", align_corners=True)
-    assert relative_error(net(F.softmax(up, 1)), data["discriminator_out_on_multi_eval_out2"]) <= 1e-9
+@pytest.mark.parametrize("name", network_cases(discriminators=True))
+def test_discriminator(name):
+    net = filled_network(name)
+    assert relative_error(net(F.softmax(scaled(ARRAYS, f"{name}_logits"), 1)), ARRAYS[f"{name}_out"]) <= 1e-9
+    for match in cases(rf"{re.escape(name)}_out_on_(.+)", ARRAYS.files):
+        of, = (key for key in ARRAYS.files if key.endswith(match[1]) and key != match.string)
+        up = F.interpolate(torch.from_numpy(ARRAYS[of]), ARRAYS["input"].shape[2:], mode="bilinear", align_corners=True)
+        assert relative_error(net(F.softmax(up, 1)), ARRAYS[match.string]) <= 1e-9
 
 
-VARIANTS = ["a_multi_vanilla", "b_single_ls", "c_iter_size_2", "d_batch_2"]
+# --- iterations -------------------------------------------------------------------------------------------------------
+
+# the optimisers of PyTorch 0.4, for which the release was written, and today's on a list without repetitions
+OPTIMIZERS = {"torch_0.4": ("released", ReleasedAdam), "unique": ("once", torch.optim.Adam)}
+# golden name: ours
+LOSSES = {"loss_seg1": "loss_seg1", "loss_seg2": "loss_seg2", "loss_adv_target1": "loss_adv1",
+          "loss_adv_target2": "loss_adv2", "loss_D1": "loss_D1", "loss_D2": "loss_D2"}
 
 
-def iterate(info, data, variant, semantics):
-    """Three iterations as train() performs them -> (losses of each, the trained modules, their state before)."""
-    settings = info["variants"][variant]
-    args = script.parse_args(["--multi-level", *settings["arguments"]])
-    run = Run(torch.device("cpu"), 0, 1, "off")
-    modules = {"G": DeeplabMulti(info["num_classes"]), "D1": FCDiscriminator(info["num_classes"]),
-               "D2": FCDiscriminator(info["num_classes"])}
-    before = {}
+def iteration_cases() -> list:
+    params = []
+    for variant, settings in STEPS["variants"].items():
+        for semantics, golden in settings["results"].items():
+            reason = None
+            if semantics not in OPTIMIZERS:
+                reason = f"optimisers '{semantics}' are none of {', '.join(OPTIMIZERS)}"
+            elif not {"after_G", "after_D1", "after_D2"} <= golden.keys():
+                reason = "not a run with two discriminators"
+            marks = [pytest.mark.skip(reason=reason)] if reason else []
+            params.append(pytest.param(variant, semantics, marks=marks, id=f"{variant}-{semantics}"))
+    return params
+
+
+def parsed_arguments(variant: str):
+    """The script's arguments: the release's defaults as the file gives them, then those of the variant."""
+    defaults = STEPS["hyper_parameters_default"]
+
+    def number(pattern: str, key: str) -> str:
+        return re.search(pattern, defaults[key])[1]
+
+    flags = {"--num-steps": STEPS["num_steps"], "--learning-rate": defaults["lr_G"],
+             "--learning-rate-D": defaults["lr_D"], "--lambda-seg": defaults["lambda_seg"],
+             "--lambda-adv-target1": defaults["lambda_adv_target1"],
+             "--lambda-adv-target2": defaults["lambda_adv_target2"], "--gan": defaults["gan"],
+             "--ignore-label": defaults["ignore_label"], "--momentum": number(r"momentum ([\d.]+)", "optimizer_G"),
+             "--weight-decay": number(r"weight decay ([\d.e-]+)", "optimizer_G"),
+             "--power": number(r"\*\* ?([\d.]+)", "schedule")}
+    arguments = [str(word) for flag in flags.items() for word in flag]
+    return script.parse_args(["--multi-level", *arguments, *STEPS["variants"][variant]["arguments"]])
+
+
+@lru_cache
+def initial_weights(name: str) -> dict[str, torch.Tensor]:
+    """Of G, D1 or D2; filling them takes seconds."""
+    net = new_module(name)
+    return fill([[key, list(value.shape)] for key, value in net.state_dict().items()], STEPS["seed"],
+                STEPS["prefixes"][name])
+
+
+def new_module(name: str) -> torch.nn.Module:
+    net = build("DeeplabMulti", STEPS["num_classes"]) if name == "G" else script.FCDiscriminator(STEPS["num_classes"])
+    return net.double()
+
+
+def accumulate(net, levels, x_s, y_s, x_t, args) -> dict[str, torch.Tensor]:
+    """One pass of the script: gradients into the modules; the losses."""
+    return script.step(net, levels, x_s, y_s, x_t, gan=args.gan, adapt=args.adapt, iter_size=args.iter_size,
+                       ignore=args.ignore_label, run=Run(torch.device("cpu"), 0, 1, "off"))
+
+
+def test_learning_rates_and_repetitions():
+    """Which parameters train, how often the release lists each, and which get ten times the rate."""
+    with torch.device("meta"):
+        net = build("DeeplabMulti", STEPS["num_classes"])
+    names = {id(p): name for name, p in net.named_parameters()}
+    groups = deeplab_sgd(net, "released", lr=1.0, momentum=0.9, weight_decay=0.0).param_groups
+    for number, multiple in (("0", 1), ("1", 10)):
+        assert STEPS["parameter_groups"][f"group{number}_multiplicity"] == {
+            names[id(p)]: group["repeats"] for group in groups if group["lr_mult"] == multiple for p in group["params"]}
+
+
+@pytest.mark.parametrize("variant, semantics", iteration_cases())
+def test_iterations(variant, semantics):
+    """As train() performs them."""
+    settings = STEPS["variants"][variant]
+    golden = settings["results"][semantics]
+    args = parsed_arguments(variant)
+    assert (args.batch_size, args.iter_size) == (settings["batch_size"], settings["iter_size"])
+    assert STEPS["hyper_parameters_default"]["source_label"] == script.SOURCE
+    assert STEPS["hyper_parameters_default"]["target_label"] == script.TARGET
+    modules = {name: new_module(name) for name in ("G", "D1", "D2")}
     for name, module in modules.items():
-        keys = [[k, list(v.shape)] for k, v in module.state_dict().items()]
-        module.double().load_state_dict(fill(keys, info["seed"], info["prefixes"][name]))
-        before[name] = {k: v.clone() for k, v in module.state_dict().items()}
+        module.load_state_dict(initial_weights(name))
     net, d1, d2 = modules.values()
     net.train()
     levels = [script.Level(1, d1, args.lambda_seg, args.lambda_adv_target1),
               script.Level(2, d2, 1.0, args.lambda_adv_target2)]
-    optimizer = deeplab_sgd(net, {"torch_0.4": "released", "unique": "once"}[semantics], args.learning_rate,
-                            args.momentum, args.weight_decay)
-    adam = ReleasedAdam if semantics == "torch_0.4" else torch.optim.Adam
-    optimizers_d = [adam(d.parameters(), lr=args.learning_rate_D, betas=(0.9, 0.99)) for d in (d1, d2)]
-    losses = []
-    number = 0
-    for i in range(3):
-        set_poly_lr(optimizer, args.learning_rate, i, info["num_steps"], args.power)
+    sgd, adam = OPTIMIZERS[semantics]
+    betas = re.search(r"betas \(([\d.]+), ([\d.]+)\)", STEPS["hyper_parameters_default"]["optimizer_D"]).groups()
+    optimizer = deeplab_sgd(net, sgd, args.learning_rate, args.momentum, args.weight_decay)
+    optimizers_d = [adam(d.parameters(), lr=args.learning_rate_D, betas=tuple(map(float, betas))) for d in (d1, d2)]
+
+    number = 0  # of the next image
+    for i, expected in enumerate(golden["iterations"]):
+        set_poly_lr(optimizer, args.learning_rate, i, args.num_steps, args.power)
         optimizer.zero_grad()
         for o in optimizers_d:
-            set_poly_lr(o, args.learning_rate_D, i, info["num_steps"], args.power)
+            set_poly_lr(o, args.learning_rate_D, i, args.num_steps, args.power)
             o.zero_grad()
-        sums = {}
+        rates = {group["lr_mult"]: group["lr"] for group in optimizer.param_groups}
+        assert (rates[1], rates[10], optimizers_d[0].param_groups[0]["lr"]) == pytest.approx(
+            [expected[key] for key in ("lr_backbone", "lr_heads", "lr_D")], rel=1e-12)
+        losses = dict.fromkeys(LOSSES.values(), 0.0)
         for _ in range(args.iter_size):
             batch = slice(number, number + args.batch_size)
             number += args.batch_size
-            images = [torch.from_numpy(data[f"{d}_images"][batch]).double() for d in ("src", "tgt")]
-            labels = torch.from_numpy(data["src_labels"][batch]).long()
-            for key, loss in script.adapt_backward(
-                    net, levels, images[0], labels, images[1], gan=args.gan, adapt=args.adapt,
-                    iter_size=args.iter_size, ignore=args.ignore_label, run=run).items():
-                sums[key] = sums.get(key, 0.0) + loss.item() / args.iter_size
+            x_s, x_t = (torch.from_numpy(IMAGES[f"{domain}_images"][batch]).double() for domain in ("src", "tgt"))
+            y_s = torch.from_numpy(IMAGES["src_labels"][batch]).long()
+            for key, loss in accumulate(net, levels, x_s, y_s, x_t, args).items():
+                losses[key] += loss.item() / args.iter_size
         for o in (optimizer, *optimizers_d):
             o.step()
-        losses.append(sums)
-    return losses, modules, before
+        for theirs, ours in LOSSES.items():
+            assert losses[ours] == pytest.approx(expected[theirs], rel=1e-9, abs=0), (i, ours)
 
-
-@pytest.mark.parametrize("semantics", ["torch_0.4", "unique"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_iterations(variant, semantics):
-    info, data = load_reference("adaptsegnet_steps")
-    losses, modules, before = iterate(info, data, variant, semantics)
-    golden = info["variants"][variant]["results"][semantics]
-    for ours, theirs in zip(losses, golden["iterations"], strict=True):
-        for key, name in (("loss_seg1", "loss_seg1"), ("loss_seg2", "loss_seg2"), ("loss_adv1", "loss_adv_target1"),
-                          ("loss_adv2", "loss_adv_target2"), ("loss_D1", "loss_D1"), ("loss_D2", "loss_D2")):
-            assert ours[key] == pytest.approx(theirs[name], rel=1e-9, abs=0), (key, ours)
     for name, module in modules.items():
-        for key, value in module.state_dict().items():
-            if key not in golden[f"after_{name}"]:
-                continue
-            norms = golden[f"after_{name}"][key]
+        state = module.state_dict()
+        for key, norms in golden[f"after_{name}"].items():
+            value = state[key]
             assert value.norm().item() == pytest.approx(norms["l2"], rel=1e-9, abs=1e-12), key
             # sums cancel: on the scale of the tensor
             assert value.sum().item() == pytest.approx(norms["sum"], rel=1e-9, abs=1e-9 * value.abs().sum().item())
-            delta = (value - before[name][key]).norm().item()
+            delta = (value - initial_weights(name)[key]).norm().item()
             assert delta == pytest.approx(norms["delta_l2"], rel=1e-9, abs=1e-12), key
-    assert modules["G"].state_dict()["bn1.num_batches_tracked"] == golden["num_batches_tracked"]
+    assert {int(v) for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} == {
+        golden["num_batches_tracked"]}

@@ -6,74 +6,72 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_reference, reference_dir
+from conftest import ROOT, cases, load_reference, reference_dir
 from PIL import Image
 
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, mean_iou, per_class_iou
 
+INFO, DATA = load_reference("iou")
+# numbers of the pairs that the released evaluation counts: those of one size
+PAIRS = [match[1] for match in cases(r"gt_labelid_(.+)", DATA.files)
+         if DATA[match.string].shape == DATA[f"prediction_trainid_{match[1]}"].shape]
+CLASSES = len(INFO["class_names"])
+CONFUSION = DATA["confusion_rows_gt_columns_prediction"]
+IGNORE = 255
 
-@pytest.fixture(scope="module")
-def golden():
-    return load_reference("iou")
 
-
-def train_ids(label: np.ndarray, info: dict) -> np.ndarray:
-    """Class indices of a label-id map; values without an entry fall out of the released score, as ignore does."""
-    table = np.full(256, 255)
-    for value, index in info["label_to_train_mapping"]:
+def train_ids(label: np.ndarray) -> np.ndarray:
+    """Class indices of a label-id map. In the release values without an entry stay, and count from C on as ignored."""
+    table = np.arange(256)
+    for value, index in INFO["label_to_train_mapping"]:
         if value >= 0:
             table[value] = index
-    return table[label]
+    return np.where(table >= CLASSES, IGNORE, table)[label]
 
 
-def equal_pairs(data) -> list[int]:
-    """The pairs that the released evaluation counts: those of one size."""
-    count = sum(key.startswith("gt_labelid_") for key in data.files)
-    return [n for n in range(count) if data[f"gt_labelid_{n}"].shape == data[f"prediction_trainid_{n}"].shape]
+def expected(which: str) -> list[float]:
+    return [float(v) for v in INFO[which]["iou_per_class"]]  # float("nan") too
 
 
-def expected(info: dict, which: str) -> list[float]:
-    return [float(v) for v in info[which]["iou_per_class"]]  # float("nan") too
+def test_confusion_and_iou():
+    total = np.zeros((CLASSES, CLASSES), np.int64)
+    for n in PAIRS:
+        truth, guess = train_ids(DATA[f"gt_labelid_{n}"]), DATA[f"prediction_trainid_{n}"]
+        confusion_matrix(truth, guess, CLASSES, IGNORE, out=total)
+    released, official = INFO["released"], INFO["official"]
+    assert len(PAIRS) == released["pairs_used"]
+    np.testing.assert_array_equal(total, CONFUSION)
+    np.testing.assert_array_equal(per_class_iou(total), expected("released"))
+    np.testing.assert_array_equal(per_class_iou(total), expected("official"))
+    assert mean_iou(total) == official["miou"]
+    assert mean_iou(total) == pytest.approx(released["miou_nanmean"], rel=1e-15)  # it adds in NumPy's order
+    assert np.count_nonzero(~np.isnan(per_class_iou(total))) == released["classes_counted"]
 
 
-def test_confusion_and_iou(golden):
-    info, data = golden
-    classes = len(info["class_names"])
-    total, used = np.zeros((classes, classes), np.int64), equal_pairs(data)
-    for n in used:
-        confusion_matrix(train_ids(data[f"gt_labelid_{n}"], info), data[f"prediction_trainid_{n}"], classes, out=total)
-    assert len(used) == info["released"]["pairs_used"]
-    np.testing.assert_array_equal(total, data["confusion_rows_gt_columns_prediction"])
-    np.testing.assert_array_equal(per_class_iou(total), expected(info, "released"))
-    np.testing.assert_array_equal(per_class_iou(total), expected(info, "official"))
-    assert mean_iou(total) == info["released"]["miou_nanmean"]
-    assert mean_iou(total) == pytest.approx(info["official"]["miou"], rel=1e-15)  # it adds in another order
-    assert np.count_nonzero(~np.isnan(per_class_iou(total))) == info["released"]["classes_counted"]
-
-
-def test_prediction_255_is_refused(golden):
+@pytest.mark.parametrize("value", [IGNORE, CLASSES])
+def test_a_prediction_that_is_no_class_is_refused(value):
     """The released evaluation counts it in a wrong cell, or fails."""
-    info, data = golden
-    truth, guess = train_ids(data["gt_labelid_0"], info), data["prediction_trainid_0"].copy()
-    guess[0, 0] = 255
-    with pytest.raises(UserError, match="255"):
-        confusion_matrix(truth, guess, len(info["class_names"]))
+    for n in PAIRS:
+        truth, guess = train_ids(DATA[f"gt_labelid_{n}"]), DATA[f"prediction_trainid_{n}"].copy()
+        guess[tuple(np.argwhere(truth != IGNORE)[0])] = value
+        with pytest.raises(UserError, match=str(value)):
+            confusion_matrix(truth, guess, CLASSES, IGNORE)
 
 
 @pytest.fixture
-def files(golden, tmp_path):
+def files(tmp_path):
     """A description of the PNG files as a data set, and their folders; returns the script's arguments."""
-    info, data = golden
-    ids = info["labelid_of_trainid"]
-    classes = [{"name": name, "color": [0, 0, c], "ids": [ids[c]]} for c, name in enumerate(info["class_names"])]
+    ids = [[value for value, index in INFO["label_to_train_mapping"] if index == c] for c in range(CLASSES)]
+    classes = [{"name": name, "color": [0, 0, c], "ids": ids[c]} for c, name in enumerate(INFO["class_names"])]
+    height, width = DATA[f"gt_labelid_{PAIRS[0]}"].shape
     (tmp_path / "iou.json").write_text(json.dumps({
         "name": "iou", "root": ".", "images": "images/pred_{n}.png", "labels": "labels/gt_{n}.png",
-        "sets": {"train": "all", "val": "all"}, "size": [56, 40], "encoding": "ids", "classes": classes,
-        "void": [v for v in range(256) if v not in ids]}))
+        "sets": {"train": "all", "val": "all"}, "size": [width, height], "encoding": "ids", "classes": classes,
+        "void": sorted({*range(256)}.difference(*ids))}))
     for folder, kind in (("labels", "gt"), ("pred", "pred")):
         (tmp_path / folder).mkdir()
-        for n in equal_pairs(data):
+        for n in PAIRS:
             shutil.copy(reference_dir() / "iou_png" / f"{kind}_{n}.png", tmp_path / folder)
     return tmp_path, [tmp_path / "labels", tmp_path / "pred", "--data", tmp_path / "iou.json"]
 
@@ -83,27 +81,26 @@ def run(arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_script_on_the_png_files(golden, files):
-    info, data = golden
+def test_the_script_on_the_png_files(files):
     folder, arguments = files
     done = run([*arguments, "--json", folder / "scores.json"])
     assert done.returncode == 0, done.stderr
     scores = json.loads((folder / "scores.json").read_text())
-    assert scores["confusion"] == data["confusion_rows_gt_columns_prediction"].tolist()
+    assert scores["confusion"] == CONFUSION.tolist()
     iou = [np.nan if v is None else v for v in scores["iou"].values()]
-    np.testing.assert_array_equal(iou, expected(info, "released"))
-    assert scores["miou"] == info["released"]["miou_nanmean"]
-    lines = [f"===>{name}:\t{round(v * 100, 2)}" for name, v in zip(info["class_names"], iou, strict=True)]
-    lines.append(f"===> mIoU: {round(info['released']['miou_nanmean'] * 100, 2)}")
+    np.testing.assert_array_equal(iou, expected("released"))
+    assert scores["miou"] == INFO["released"]["miou_nanmean"]
+    lines = [f"===>{name}:\t{round(v * 100, 2)}" for name, v in zip(INFO["class_names"], iou, strict=True)]
+    lines.append(f"===> mIoU: {round(INFO['released']['miou_nanmean'] * 100, 2)}")
     assert done.stdout.splitlines()[:len(lines) + 1] == [f"Num classes {len(iou)}", *lines]
 
 
-def test_the_script_names_the_prediction_with_255(files):
+def test_the_script_names_the_prediction_that_is_no_class(files):
     folder, arguments = files
-    path = folder / "pred" / "pred_0.png"
+    path = folder / "pred" / f"pred_{PAIRS[-1]}.png"
     guess = np.array(Image.open(path))
-    guess[0, 0] = 255
+    guess[0, 0] = IGNORE
     Image.fromarray(guess).save(path)
     done = run(arguments)
     assert done.returncode == 2 and done.stdout == ""
-    assert any("pred_0.png" in line and line.endswith(": 255") for line in done.stderr.splitlines())
+    assert any(path.name in line and line.endswith(f": {IGNORE}") for line in done.stderr.splitlines())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted import TinyNet
+from lib.models.discriminator import FCDiscriminator
 from PIL import Image
 from scripts import (
     ENVIRONMENT,
@@ -30,7 +31,6 @@ from lib import checkpoint
 from lib.datasets.folder import open_pair
 from lib.errors import UserError
 from lib.models.deeplab import build
-from lib.models.discriminator import FCDiscriminator
 from lib.runtime import Run
 
 SCRIPT = "train_adaptsegnet.py"
@@ -50,7 +50,7 @@ VARIANTS = {
                                        ONE_LEVEL),
     "bf16": (["--multi-level", "--amp", "bf16"], TWO_LEVELS),
     "other choices": (["--aspp", "full", "--bn-affine", "frozen", "--freeze-bn", "--bn-stats", "target", "--pixels",
-                       "imagenet", "--deterministic", "--ignore-label", "3", "--num-workers", "1"], ONE_LEVEL),
+                       "imagenet", "--deterministic", "--ignore-label", "30", "--num-workers", "1"], ONE_LEVEL),
     "VGG": (["--model", "DeeplabVGG", "--source-only"], ["loss_seg2"]),
 }
 

@@ -30,8 +30,9 @@ from scripts import (
 import train_adaptsegnet
 import train_cbst as script
 from lib import checkpoint, ops
-from lib.datasets.description import load_description, read_indices, written_values
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
+from lib.datasets.labels import read_indices, written_values
 from lib.datasets.transforms import random_crop
 from lib.errors import UserError
 from lib.models.deeplab import build
@@ -210,7 +211,7 @@ def test_what_a_run_writes_and_prints(place, folder):
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     images = [f"leftImg8bit/train/{city}/{city}_{n:06}_000019_leftImg8bit.png" for n, city in
               enumerate(("millbrook", "northgate", "riverton", "millbrook"))]
-    assert names == {"best.pth", "log.jsonl", "resume.pth", "rounds.jsonl", "rounds.png", "1/report.json", *(
+    assert names == {"best.pth", "log.jsonl", "resume.pth", "rounds.jsonl", "1/report.json", *(
         f"0/{name}" for name in ("report.json", "weights.pth", "pictures.png", "pseudo_labels.json", "train.txt",
                                  "source.txt", *(f"pseudo_labels{c}/{i}" for c in ("", "_color") for i in images)))}
     found = report(folder, 0)
@@ -237,8 +238,7 @@ def test_what_a_run_writes_and_prints(place, folder):
         assert fact in done.stdout, fact
 
     labels = folder / "0/pseudo_labels.json"
-    described = load_description(labels)
-    again = ImageFolder(described, described.root, described.sets["source"], CLASSES, None, task=demo)
+    again = ImageFolder(Domain.open(labels), CLASSES, None, task=demo)
     assert len(again) == 4 and (again.truth(1) == 255).any() and (again.truth(1) < 14).any()
     assert train_adaptsegnet.main([
         "--check-data", "--cpu", "--source", str(labels), "--target", "demo", "--data-dir-target",
@@ -252,6 +252,20 @@ def test_values_of_label_files(name, unlabelled):
     d = load_description(name)
     ids, void = written_values(d)
     assert void == unlabelled and void not in ids and void in d.void and len(set(ids)) == len(d.classes)
+
+
+def test_probabilities_at_some_pixels_are_those_of_the_operators():
+    """What LRENT's training sees of an image, and what labelled it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 19, 9, 13, generator=generator)
+    prior = torch.rand(19, 40, 64, generator=generator)
+    expected = ops._probabilities(logits[0], logits[1], prior, (40, 64), True, False)
+    rows, cols = np.array([0, 7, 8, 39]), np.arange(64)[::-3]
+    ours = script.probabilities_at(logits, (40, 64), rows, cols, prior)
+    torch.testing.assert_close(ours, expected[:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
+    once = script.probabilities_at(logits[:1], (40, 64), rows, cols)
+    torch.testing.assert_close(once, ops._probabilities(logits[0], None, None, (40, 64), True, False)
+                               [:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
 
 
 def test_script_and_lib_alone_in_an_empty_folder(place, folder):
@@ -406,7 +420,7 @@ def test_without_a_validation_set(place, folder, in_process):
     target = ["--data-dir-target", str(pair / "cityscapes")]
     assert script.main(rounds(place, folder, *target, "--save-num-images", "1")) == 0
     assert report(folder, 2) == {"round": 2} and "mIoU" not in report(folder, 1)
-    assert not (folder / "best.pth").exists() and (folder / "rounds.png").exists()
+    assert not (folder / "best.pth").exists() and (folder / "rounds.jsonl").exists()
 
 
 def test_the_demo(place, tmp_path, in_process, monkeypatch, capsys):
@@ -487,7 +501,7 @@ def prior_of(place: Path, shape: tuple[int, ...], value: float = 0.5) -> str:
 
 
 CASES = {
-    "overlapping lists": (lambda p: ["--set", "val"], ["2 images stand in both the training set", "choose another"]),
+    "overlapping lists": (lambda p: ["--set", "val"], ["2 images belong to both the training set", "choose another"]),
     "prior of other classes": (lambda p: ["--spatial-prior", prior_of(p, (13, HEIGHT, WIDTH))],
                                ["prior_array is 13 x 48 x 64; it should be 14 x height x width"]),
     "prior of another size": (lambda p: ["--spatial-prior", prior_of(p, (14, 24, 32))],
@@ -532,6 +546,15 @@ def test_a_subset_is_drawn_and_listed(place, folder, in_process):
     listed = ["--data-list-target", str(folder / "a/subset.txt"), "--seed", "7", "--num-rounds", "2"]
     assert script.main(rounds(place, folder / "b", *listed)) == 0
     assert report(folder / "a", 0) == report(folder / "b", 0)
+
+
+def test_defaults_are_those_of_the_release():
+    released = dict(
+        mine_port=1e-3, rare_cls_num=3, mine_chance=0.8, ds_rate=4, init_tgt_port=0.2, max_tgt_port=0.5,
+        tgt_port_step=0.05, init_src_port=0.03, max_src_port=0.06, src_port_step=0.0025, num_rounds=4, epr=2,
+        learning_rate=5e-5, power=0.0, momentum=0.9, weight_decay=5e-4, batch_size=2, random_seed=3)
+    args = vars(script.parse_args(["--restore-from", "x"]))
+    assert {name: args[name] for name in released} == released
 
 
 @pytest.mark.parametrize("flags", [["--num-rounds", "0"], ["--init-tgt-port", "1.2"], ["--mine-chance", "-1"],

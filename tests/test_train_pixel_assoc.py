@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pair, folder):
 @pytest.mark.parametrize("flags, words", [
     (["--data-dir", "nowhere"], "nowhere"),
     (["--restore-from", "nowhere.pth"], "nowhere.pth does not exist"),
-    (["--val-set", "train"], "stand in both"),
+    (["--val-set", "train"], "belong to both"),
     (["--num-classes", "99"], "99"),
     (["--num-steps-stop", "5"], "raise --num-steps"),
 ])

@@ -1,12 +1,9 @@
 """lib/visual.py: what the pictures show, pixel for pixel where that is defined."""
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from lib.errors import UserError
-from lib.visual import colour_map, curves, legend, overlay, panel, save_colour
+from lib.visual import colour_map, legend, overlay, panel, save_colour
 
 PALETTE = np.array([[128, 64, 128], [244, 35, 232], [70, 70, 70]], np.uint8)
 LABEL = np.array([[0, 1, 2, 255], [2, 2, 0, 7]], np.uint8)
@@ -65,24 +62,3 @@ def test_panel_places_every_image():
     assert (image[:head] < 128).any(), "captions are drawn"
     with pytest.raises(ValueError, match="2 images"):
         panel([[cell(1)]], ["a", "b"])
-
-
-def test_curves_draw_each_key(tmp_path):
-    log, out = tmp_path / "log.jsonl", tmp_path / "curves.png"
-    lines = [{"iteration": i, "loss": 3 / (1 + i)} for i in range(300)] + [{"iteration": 300, "miou": 41.5}]
-    log.write_text("\n".join(map(json.dumps, lines)) + '\n{"iteration": 301, "lo')  # a killed run's last line
-    curves(log, ["loss", "miou", "loss"], out, width=300, height=200)
-    image = np.asarray(Image.open(out).convert("RGB"))
-    assert image.shape == (400, 600, 3)
-    blue = (image[..., 2].astype(int) - image[..., 0] > 60)
-    assert blue[:200, :300].sum() > 100 and blue[:200, 300:].any() and blue[200:, :300].any()
-    with pytest.raises(UserError, match="'lss'.*loss"):
-        curves(log, ["lss"], out)
-
-
-def test_curves_name_a_log_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="nothing.jsonl"):
-        curves(tmp_path / "nothing.jsonl", ["loss"], tmp_path / "a.png")
-    (tmp_path / "log.jsonl").write_text('{"iteration": 1, "loss": 2}\nnoise\n{"iteration": 2, "loss": 1}\n')
-    with pytest.raises(UserError, match="line 2"):
-        curves(tmp_path / "log.jsonl", ["loss"], tmp_path / "a.png")

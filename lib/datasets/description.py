@@ -22,24 +22,26 @@ The file serves training, evaluation and scoring; the shipped ones lie beside th
 
 No torch here: scoring must start fast.
 """
+from __future__ import annotations
+
 import glob
-import json
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from lib.errors import UserError
+from lib.datasets.pictures import listed_pictures
+from lib.errors import UserError, listed, shorten
+from lib.files import read_json
 
 SHIPPED = Path(__file__).parent
 ENCODINGS = ("ids", "uint16", "rgb")
 REQUIRED = ("name", "root", "images", "labels", "sets", "size", "encoding", "classes")
 OPTIONAL = ("list", "ignore", "void", "subsets", "maps", "sizes_may_differ")
-LISTED = 8  # file names in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +77,14 @@ def load_description(name_or_path: str | Path) -> Description:
     """
     shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.json"))}
     path = shipped.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        raise UserError(f"no data set '{name_or_path}': give one of {', '.join(shipped)}, or the path of a .json file")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}: not JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read: {e}") from None
+    if not os.path.isfile(path):
+        raise UserError(f"no data set '{shorten(name_or_path)}': give one of {', '.join(shipped)}, or the path of a "
+                        ".json file")
+    entries = read_json(path)
     try:
         return _parse(entries)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _parse(entries) -> Description:
@@ -94,13 +92,18 @@ def _parse(entries) -> Description:
     for key in REQUIRED:
         _require(key in entries, f"the key '{key}' is missing")
     for key in entries:
-        _require(key in REQUIRED + OPTIONAL, f"unknown key '{key}'; known: {', '.join(REQUIRED + OPTIONAL)}")
+        _require(key in REQUIRED + OPTIONAL, f"unknown key '{shorten(key)}'; known: {', '.join(REQUIRED + OPTIONAL)}")
     for key in ("name", "root", "images"):
         _require(isinstance(entries[key], str) and entries[key], f"'{key}' must be a text")
+    _require(re.fullmatch(r"\w[\w .+-]{0,99}", entries["name"]),
+             "'name' becomes part of file names: it must start with a letter or digit and have at most 100 letters, "
+             "digits, spaces and . + - _")
     for key in ("labels", "list"):
         _require(entries.get(key) is None or isinstance(entries[key], str), f"'{key}' must be a text or null")
+    for key in ("root", "images", "labels", "list"):
+        _require("\0" not in (entries.get(key) or ""), f"'{key}' holds a null character, which no path can")
     encoding = entries["encoding"]
-    _require(encoding in ENCODINGS, f"unknown 'encoding' {encoding!r}; known: {', '.join(ENCODINGS)}")
+    _require(encoding in ENCODINGS, f"unknown 'encoding' '{shorten(encoding)}'; known: {', '.join(ENCODINGS)}")
 
     size = entries["size"]
     _require(isinstance(size, list) and len(size) == 2 and all(_is_int(v, 1, 1 << 16) for v in size),
@@ -113,7 +116,7 @@ def _parse(entries) -> Description:
     fields = _fields(entries["images"], "images")
     _require(fields - {"set"}, "'images' must hold a placeholder such as {stem}")
     _require(entries["labels"] is None or _fields(entries["labels"], "labels") <= fields | {"set"},
-             "'labels' holds a placeholder that 'images' has not")
+             "'labels' holds a placeholder that 'images' does not")
     _require(entries.get("list") is None or _fields(entries["list"], "list") <= {"set"},
              "'list' may hold no placeholder but {set}")
 
@@ -133,7 +136,8 @@ def _parse(entries) -> Description:
         _require(isinstance(values, list) and values, f"class '{name}': '{values_key}' must list its label values")
         values = [_value(v, encoding, f"class '{name}'") for v in values]
         for v in values:
-            _require(v not in seen, f"label value {_show(v, encoding)} is given twice, to '{seen.get(v)}' and '{name}'")
+            _require(v not in seen,
+                     f"label value {show_value(v, encoding)} is given twice, to '{seen.get(v)}' and '{name}'")
             seen[v] = name
         names.append(name)
         palette.append(entry["color"])
@@ -144,7 +148,7 @@ def _parse(entries) -> Description:
     _require(isinstance(void, list), "'void' must be a list of label values")
     void = [_value(v, encoding, "'void'") for v in void]
     for v in void:
-        _require(v not in seen, f"label value {_show(v, encoding)} is both void and class '{seen.get(v)}'")
+        _require(v not in seen, f"label value {show_value(v, encoding)} is both void and class '{seen.get(v)}'")
     _require(len(seen) + len(void) <= 256, "more than 256 label values")
 
     subsets = entries.get("subsets", {})
@@ -157,7 +161,8 @@ def _parse(entries) -> Description:
     for key, mapping in maps.items():
         _require(isinstance(mapping, dict), f"'maps': '{key}' must be {{\"its class\": \"class of this set\"}}")
         for theirs, ours in mapping.items():
-            _require(ours is None or ours in names, f"'maps': '{key}': '{theirs}' leads to {ours!r}, no class here")
+            _require(ours is None or ours in names,
+                     f"'maps': '{key}': '{theirs}' becomes '{shorten(ours)}', no class here")
     sizes_may_differ = entries.get("sizes_may_differ", False)
     _require(isinstance(sizes_may_differ, bool), "'sizes_may_differ' must be true or false")
     return Description(
@@ -182,13 +187,14 @@ def _is_colour(value) -> bool:
 
 def _value(value, encoding: str, where: str) -> int:
     if encoding == "rgb":
-        _require(_is_colour(value), f"{where}: a label colour must be [r, g, b] with values 0..255, not {value!r}")
+        _require(_is_colour(value),
+                 f"{where}: a label colour must be [r, g, b] with values 0..255, not {shorten(value)}")
         return value[0] << 16 | value[1] << 8 | value[2]
-    _require(_is_int(value, 0, 255), f"{where}: a label value must be an integer 0..255, not {value!r}")
+    _require(_is_int(value, 0, 255), f"{where}: a label value must be an integer 0..255, not {shorten(value)}")
     return value
 
 
-def _show(value: int, encoding: str) -> str:
+def show_value(value: int, encoding: str) -> str:
     return str([value >> 16, value >> 8 & 255, value & 255]) if encoding == "rgb" else str(value)
 
 
@@ -217,74 +223,111 @@ def pattern_regex(pattern: str) -> re.Pattern:
     return re.compile(re.sub(r"\\{(\w+)\\}", group, re.escape(pattern)))
 
 
-def list_images(d: Description, root: str | Path, set_: str, list_file: str | Path | None = None) -> list[Path]:
-    """The images of one set, as paths below `root`.
+class MissingSet(UserError):
+    """A set of a data set is not on disk: its folder, its list, or every image of it."""
 
-    They are those of `list_file`, of the description's own list where it exists, or all that match the pattern, sorted.
+
+@dataclass(frozen=True)
+class Domain:
+    """The images of one domain: a data set, the folder where it lies, one of its sets and, if given, a list of images.
+
     A line of a list is relative to the fixed start of the pattern ("images/", "leftImg8bit/train/") or to the root.
-    Raises UserError for a missing folder or list, a set that the description cannot tell apart, a listed image that
-    does not exist, and for an empty result.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; it should hold the data set '{d.name}' ({d.images})")
-    if list_file is None and d.list:
-        list_file = root / d.list.format(set=set_)
-        if not list_file.is_file():
-            if "{set}" not in d.images:
-                raise UserError(f"{list_file}: no such list; it should name the images of the set '{set_}' "
-                                f"of '{d.name}'")
-            list_file = None
-    elif list_file is None and "{set}" not in d.images and set_ not in d.sets.values():
-        raise UserError(f"'{d.name}' has no set '{set_}' (it has: {', '.join(sorted(set(d.sets.values())))}); "
-                        "give a list file to choose images")
-    if list_file is not None:
-        return _listed_images(d, root, set_, Path(list_file))
-    pattern = pattern_glob(d.images, set_)
-    found = sorted(root / p for p in glob.glob(pattern, root_dir=root))
-    if not found:
-        raise UserError(f"{root}: no image of the set '{set_}' of '{d.name}' (looked for {pattern})")
-    return found
+
+    description: Description
+    root: Path
+    set: str
+    list_file: Path | None = None
+
+    @classmethod
+    def open(cls, data: str | Path | Description, root: str | Path | None = None, set_: str | None = None,
+             list_file: str | Path | None = None, default_set: str = "train") -> Domain:
+        """The set ``set_`` of a described data set; what is None comes from its description.
+
+        data: a shipped name, a .json file or a loaded description. default_set: "train", "val" or "source", the key
+        of the description's "sets" that holds where ``set_`` is None. Raises UserError for a bad description; whether
+        the images are there shows when they are listed.
+        """
+        description = data if isinstance(data, Description) else load_description(data)
+        return cls(description, Path(root or description.root), set_ or description.sets[default_set],
+                   Path(list_file) if list_file else None)
+
+    @property
+    def name(self) -> str:
+        return self.description.name
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) to work at."""
+        return self.description.size
+
+    def with_set(self, set_: str) -> Domain:
+        """Another set of the same data set below the same root, without the list."""
+        return replace(self, set=set_, list_file=None)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.root}, {self.set})"
+
+    def list_images(self) -> list[Path]:
+        """The images, as paths below the root: those of the list, of the description's own list where that exists, or
+        all that match the pattern, sorted.
+
+        Raises UserError for a list that cannot be used and listed images that do not exist, and its subclass
+        MissingSet for a missing folder, a set that the description cannot tell apart, and no image at all.
+        """
+        d = self.description
+        if not os.path.isdir(self.root):
+            raise MissingSet(f"{shorten(self.root)}: no such folder; it should hold the data set '{d.name}' "
+                             f"({d.images})")
+        list_file = self.list_file
+        if list_file is None and d.list:
+            list_file = self.root / d.list.format(set=self.set)
+            if not os.path.isfile(list_file):
+                if "{set}" not in d.images:
+                    raise MissingSet(f"{list_file}: no such list; it should name the images of the set '{self.set}' "
+                                     f"of '{d.name}'")
+                list_file = None
+        elif list_file is None and "{set}" not in d.images and self.set not in d.sets.values():
+            raise MissingSet(f"'{d.name}' has no set '{self.set}' (it has: {', '.join(sorted(set(d.sets.values())))}); "
+                             "give a list file to choose images")
+        if list_file is not None:
+            start = re.split(r"{(?!set})", d.images)[0].replace("{set}", self.set)
+            return listed_pictures(list_file, [self.root / start[:start.rfind("/") + 1], self.root])
+        pattern = pattern_glob(d.images, self.set)
+        found = sorted(glob.iglob(pattern, root_dir=self.root), key=lambda path: path.split("/"))
+        if not found:
+            raise MissingSet(f"{self.root}: no image of the set '{self.set}' of '{d.name}' (looked for {pattern})")
+        return [self.root / path for path in found]
+
+    def label_paths(self, images: Sequence[Path]) -> list[Path]:
+        """Where the labels of images (paths below the root) should lie.
+
+        Raises UserError where the data set has no labels, or an image does not match the description's pattern.
+        """
+        d = self.description
+        if d.labels is None:
+            raise UserError(f"the data set '{d.name}' has no labels, and they are needed here")
+        pattern, paths = pattern_regex(d.images), []
+        start = str(self.root / "_")[:-1]  # "" where the root is the working directory
+        for image in map(str, images):
+            match = pattern.fullmatch(image.removeprefix(start)) if image.startswith(start) else None
+            if not match:
+                raise UserError(f"{image}: has no label: it does not match the pattern {d.images} of '{d.name}' below "
+                                f"{self.root}")
+            paths.append(self.root / d.labels.format(**{"set": self.set, **match.groupdict()}))
+        return paths
 
 
-def _listed_images(d: Description, root: Path, set_: str, list_file: Path) -> list[Path]:
-    try:
-        lines = [line.strip() for line in list_file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{list_file}: the list cannot be read: {e}") from None
-    lines = [line for line in lines if line]
-    if not lines:
-        raise UserError(f"{list_file}: the list is empty; it should hold one image a line")
-    start = re.split(r"{(?!set})", d.images)[0].replace("{set}", set_)
-    folder = root / start[:start.rfind("/") + 1]
-    paths, missing = [], []
-    for line in lines:
-        path = next((p for p in (folder / line, root / line) if p.is_file()), None)
-        (missing if path is None else paths).append(path or line)
-    if missing:
-        raise UserError(f"{list_file}: {len(missing)} of {len(lines)} images do not exist below {folder} or {root}: "
-                        + ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else ""))
-    return paths
+def names_in(task: Description, d: Description) -> list[str | None]:
+    """The classes of `d` under the names of `task`; None for those that `task` ignores or does not have.
 
-
-def label_path(d: Description, root: str | Path, image: str | Path, set_: str) -> Path | None:
-    """Where the label of one image (a path below `root`) should lie; None when the data set has no labels.
-
-    Raises UserError when the image does not match the description's pattern.
+    Raises UserError where `task.maps` speaks of a class that `d` does not have.
     """
-    if d.labels is None:
-        return None
-    root, image = Path(root), Path(image)
-    inside = image.relative_to(root).as_posix() if image.is_relative_to(root) else ""
-    match = pattern_regex(d.images).fullmatch(inside)
-    if not match:
-        raise UserError(f"{image}: has no label: it does not match the pattern {d.images} of '{d.name}' below {root}")
-    return root / d.labels.format(**{"set": set_, **match.groupdict()})
-
-
-def _names_in(task: Description, d: Description) -> list[str | None]:
-    """The classes of `d` under the names of `task`; None for those that `task` ignores or does not have."""
     mapping = task.maps.get(d.name, {}) if task is not d else {}
+    unknown = [name for name in mapping if name not in d.classes]
+    if unknown:
+        raise UserError(f"'maps' of the data set '{task.name}' names {listed(unknown)}, no class of '{d.name}', which "
+                        f"has {', '.join(d.classes)}")
     names = (mapping.get(name, name) for name in d.classes)
     return [name if name in task.classes else None for name in names]
 
@@ -298,7 +341,7 @@ def select_classes(task: Description, other: Description | None, num_classes: in
     """
     shared = task.classes
     if other is not None:
-        labelled = set(_names_in(task, other))
+        labelled = set(names_in(task, other))
         shared = tuple(name for name in task.classes if name in labelled)
     chosen = shared
     if num_classes is not None and num_classes != len(shared):
@@ -311,138 +354,7 @@ def select_classes(task: Description, other: Description | None, num_classes: in
             raise UserError(f"'{other.name}' has no labels for {', '.join(lacking)} of the {num_classes} classes of "
                             f"'{task.name}'; they share {len(shared)}")
     if len(chosen) < 2:
+        other_classes = f", '{other.name}' has {', '.join(other.classes)}" if other is not None else ""
         raise UserError(f"fewer than two classes to tell apart: '{task.name}' has {', '.join(task.classes)}"
-                        + (f", '{other.name}' has {', '.join(other.classes)}" if other is not None else ""))
+                        + other_classes)
     return tuple(chosen)
-
-
-def label_table(d: Description, classes: Sequence[str], task: Description | None = None) -> np.ndarray:
-    """int16 [256]: label value (with "rgb": colour index) -> index in `classes`.
-
-    Void values and classes outside `classes` lead to `d.ignore`, values that the description does not know to -1.
-    `classes` are names of `task` where one is given, and `d`'s classes pass through `task.maps`.
-    """
-    table = np.full(256, -1, np.int16)
-    values = d.values()
-    index = {int(v): (n if d.encoding == "rgb" else int(v)) for n, v in enumerate(values)}
-    table[[index[v] for v in d.void]] = d.ignore
-    for name, ids in zip(_names_in(task or d, d), d.ids, strict=True):
-        table[[index[v] for v in ids]] = classes.index(name) if name in classes else d.ignore
-    return table
-
-
-def written_values(d: Description) -> tuple[list[int], int]:
-    """(the 8-bit value to write for each class into new label files of a data set, the value for unlabelled pixels).
-
-    They are the data set's own ids and, where 0 is none of them, 0; where it is, the set's lowest void id, so that its
-    own description reads the files. A data set whose labels are colours gets class indices and 255.
-    """
-    if d.encoding == "rgb":
-        return list(range(len(d.classes))), 255
-    taken = {i for ids in d.ids for i in ids}
-    return [ids[0] for ids in d.ids], next(v for v in (0, *sorted(d.void), 255, *range(256)) if v not in taken)
-
-
-def derived_description(d: Description, root: Path, labels: Path, list_: str, set_: str) -> dict:
-    """The JSON entries of ``d`` with other labels: those of ``written_values`` at labels/PATH OF THE IMAGE.png.
-
-    root: of the images; list_: the path of the list, which may hold {set}; set_: the set's name.
-    """
-    (ids, unlabelled), indexed = written_values(d), d.encoding == "rgb"
-    return {"name": d.name, "root": str(root.resolve()), "images": d.images,
-            "labels": f"{labels.resolve()}/{PurePosixPath(d.images).with_suffix('.png')}", "list": list_,
-            "sets": {"train": set_, "val": set_}, "size": list(d.size), "encoding": "ids", "ignore": d.ignore,
-            "void": sorted({unlabelled} if indexed else d.void | {unlabelled}),
-            "classes": [{"name": name, "color": colour, "ids": [value] if indexed else list(all_)}
-                        for name, colour, value, all_ in zip(d.classes, d.palette.tolist(), ids, d.ids, strict=True)],
-            "subsets": {name: list(names) for name, names in d.subsets.items()},
-            "maps": {name: dict(mapping) for name, mapping in d.maps.items()}}
-
-
-def read_label(path: str | Path, d: Description, table: np.ndarray) -> np.ndarray:
-    """uint8 [H, W]: one label file as class indices, through a table of `label_table`.
-
-    Raises UserError for a file that cannot be decoded, colours where values are expected (or the reverse), and for
-    label values that the description does not know.
-    """
-    values = label_values(path, d)
-    spare = min(set(range(257)) - set(table.tolist()))  # stands for "unknown" in 8 bits; 256 only if nothing is unknown
-    table = np.where(table < 0, spare, table).astype(np.uint8)
-    label = np.frombuffer(bytearray(values).translate(table), np.uint8).reshape(values.shape)  # 3x faster than indexing
-    if (label == spare).any():
-        raise UserError(f"{path}: unknown label values {', '.join(map(str, np.unique(values[label == spare])))}; "
-                        f"'{d.name}' does not list them")
-    return label
-
-
-def label_values(path: str | Path, d: Description) -> np.ndarray:
-    """uint8 [H, W]: the values of a label file as they stand there (with "rgb": colour indices). Raises UserError."""
-    if d.encoding == "rgb":
-        return _colour_indices(path, _open(path), d)
-    return _deep_values(path, d) if d.encoding == "uint16" else read_indices(path)
-
-
-def read_indices(path: str | Path) -> np.ndarray:
-    """uint8 [H, W]: the values of an 8-bit label or prediction file; palette indices, not colours. Raises UserError."""
-    return _indices(path, _open(path))
-
-
-def _indices(path, image: Image.Image) -> np.ndarray:
-    if image.mode not in ("L", "P"):
-        raise UserError(f"{path}: one 8-bit class value a pixel is expected, but this file is {image.mode}; "
-                        "does it hold colours, or is it a wrong file?")
-    return np.asarray(_load(path, image))
-
-
-def _deep_values(path, d: Description) -> np.ndarray:
-    image = _open(path)
-    if not image.mode.startswith("I") and not (image.tile and image.tile[0][3] == "RGB;16B"):
-        return _indices(path, image)  # conversions of SYNTHIA to 8 bit
-    if image.mode != "RGB":
-        values = np.asarray(_load(path, image))
-        high = values > 255
-    else:
-        # Pillow keeps the high byte of each 16-bit sample; reading the samples as little-endian keeps the low byte
-        low = _open(path)
-        low.tile = [(*low.tile[0][:3], "RGB;16L")]
-        values = np.asarray(_load(path, low).getchannel(0))
-        high = np.asarray(_load(path, image).getchannel(0)) > 0
-    if high.any():
-        raise UserError(f"{path}: label values above 255; '{d.name}' does not list them")
-    return values.astype(np.uint8)
-
-
-def _colour_indices(path, image: Image.Image, d: Description) -> np.ndarray:
-    if image.mode not in ("RGB", "RGBA", "P"):
-        raise UserError(f"{path}: a label of '{d.name}' holds colours, this file is {image.mode}")
-    rgb = np.asarray(_load(path, image).convert("RGB")).astype(np.int64)
-    packed = rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
-    known = d.values()
-    index = np.searchsorted(known, packed).clip(max=len(known) - 1)
-    wrong = known[index] != packed
-    if wrong.any():
-        shown = [_show(int(v), "rgb") for v in np.unique(packed[wrong])[:LISTED]]
-        raise UserError(f"{path}: unknown label colours {', '.join(shown)}; '{d.name}' does not list them")
-    return index.astype(np.uint8)
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as a loaded Pillow RGB image. Raises UserError for a file that cannot be decoded."""
-    return _load(path, _open(path)).convert("RGB")
-
-
-def _open(path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as e:  # broken files make Pillow raise many types
-        raise UserError(f"{path}: not an image that can be read: {e}") from None
-
-
-def _load(path, image: Image.Image) -> Image.Image:
-    try:
-        image.load()
-    except Exception as e:  # as in _open
-        raise UserError(f"{path}: the image is broken or truncated: {e}") from None
-    return image

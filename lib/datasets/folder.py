@@ -1,8 +1,9 @@
 """Images and labels on disk as tensors: one data set class, endless seeded iteration, and the checks before a run."""
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -10,21 +11,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lib.datasets.description import (
-    Description,
-    label_path,
-    label_table,
-    list_images,
-    read_image,
-    read_label,
-    select_classes,
-)
+from lib.datasets.description import Description, Domain, MissingSet, select_classes
+from lib.datasets.labels import label_table, read_label
+from lib.datasets.pictures import read_image, spread
 from lib.datasets.transforms import Transform
-from lib.errors import UserError
-
-LISTED = 20  # problems shown in one message
+from lib.errors import UserError, itemized
+from lib.files import missing_files
 
 
 class Sample(NamedTuple):
@@ -35,25 +30,23 @@ class Sample(NamedTuple):
 
 
 class ImageFolder(Dataset):
-    """One set of a described data set.
+    """The images of a domain with their labels.
 
-    classes: the run's class names, out of ``task`` (the description whose names they are; default: this one).
+    classes: the run's class names, out of ``task`` (the description whose names they are; default: the domain's).
     labelled=False never opens a label: training on the target must not. Items are addressed by an index, or by
     (index, draw): the draw's number seeds the augmentation, so any draw can be repeated. ignore: the value of pixels of
-    no class (default: the description's).
+    no class (default: the description's). Raises UserError where images are missing, as Domain.list_images says.
     """
 
-    def __init__(self, description: Description, root: str | Path, set_: str, classes: Sequence[str],
-                 transform: Transform, *, task: Description | None = None, labelled: bool = True,
-                 list_file: str | Path | None = None, ignore: int | None = None, seed: int = 0):
-        self.description, self.root, self.set = description, Path(root), set_
-        self.images = list_images(description, root, set_, list_file)
-        if labelled and description.labels is None:
-            raise UserError(f"the data set {description.name} has no labels, and they are needed here")
-        self.labels = [label_path(description, root, image, set_) for image in self.images] if labelled else None
-        self.table = label_table(description, classes, task)
+    def __init__(self, domain: Domain, classes: Sequence[str], transform: Transform, *,
+                 task: Description | None = None, labelled: bool = True, ignore: int | None = None, seed: int = 0):
+        self.domain = domain
+        self.images = domain.list_images()
+        self.labels = domain.label_paths(self.images) if labelled else None
+        self.num_classes = len(classes)
+        self.table = label_table(domain.description, classes, task)
         if ignore is not None:
-            self.table[self.table == description.ignore] = ignore
+            self.table[self.table == domain.description.ignore] = ignore
         self.transform, self.seed = transform, seed
 
     def __len__(self) -> int:
@@ -67,12 +60,38 @@ class ImageFolder(Dataset):
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray | None]:
         """The image and its label (class indices) at the size of the files. Raises UserError for a broken file."""
-        label = None if self.labels is None else read_label(self.labels[index], self.description, self.table)
+        label = None if self.labels is None else self.truth(index)
         return read_image(self.images[index]), label
 
     def truth(self, index: int) -> np.ndarray:
         """The label (class indices) of one image, at the size of its file."""
-        return read_label(self.labels[index], self.description, self.table)
+        return read_label(self.labels[index], self.domain.description, self.table)
+
+
+class Picture(NamedTuple):
+    image: object   # float32 [3, H, W]; in a batch [N, 3, H, W]
+    index: int      # of the file in PictureFolder.images
+    size: tuple     # (width, height) of the image file
+
+
+class PictureFolder(Dataset):
+    """Pictures without labels, such as one side of an image translation.
+
+    images: their paths, from `find_pictures` or Domain.list_images. transform: called with (RGB image, generator), it
+    gives a float32 tensor [3, H, W]. Items are addressed as in ImageFolder.
+    """
+
+    def __init__(self, images: Sequence[Path], transform: Callable[[Image.Image, np.random.Generator], Tensor],
+                 seed: int = 0):
+        self.images, self.transform, self.seed = list(images), transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Picture:
+        index, draw = key if isinstance(key, tuple) else (key, key)
+        image = read_image(self.images[index])
+        return Picture(self.transform(image, np.random.default_rng([self.seed, draw])), index, image.size)
 
 
 class EndlessSampler(Sampler):
@@ -96,8 +115,8 @@ class EndlessSampler(Sampler):
                 yield int(order[draw % self.length]), draw
 
 
-def endless(dataset: ImageFolder, batch: int, workers: int, *, seed: int, start: int = 0, rank: int = 0,
-            world: int = 1, pin: bool = False) -> Iterator[Sample]:
+def endless(dataset: Dataset, batch: int, workers: int, *, seed: int, start: int = 0, rank: int = 0,
+            world: int = 1, pin: bool = False) -> Iterator[Sample | Picture]:
     """Batches without end, from batch number ``start`` on."""
     sampler = EndlessSampler(len(dataset), batch, seed, start, rank, world)
     # With a generator of its own a loader draws nothing from the run's, whose state resume.pth keeps.
@@ -128,70 +147,95 @@ class DomainPair(NamedTuple):
 
     def summary(self, size_s: object, size_t: object, target_trains: bool = True) -> dict[str, str]:
         """Rows of a run's header; the sizes are (width, height), or words."""
-        return {"source": f"{len(self.source)} images of {self.source.description.name} at {size_s}",
+        return {"source": f"{len(self.source)} images of {self.source.domain.name} at {size_s}",
                 "target": f"{len(self.target)} images of {self.task.name} at {size_t}" if target_trains
                           else "none in training",
                 "validation": "none" if self.validation is None else
                               f"{len(self.validation)} images of {self.task.name}"}
 
 
-def open_pair(source: Description, target: Description, transform_s: Transform, transform_t: Transform, *,
-              num_classes: int | None = None, root_s: str | None = None, root_t: str | None = None,
-              set_s: str | None = None, set_t: str | None = None, set_val: str | None = None, list_s: str | None = None,
-              list_t: str | None = None, ignore: int | None = None, seed: int = 0, fully: bool = False,
-              allow_overlap: bool = False) -> DomainPair:
-    """Source, target and validation sets of a run, checked (``fully``: every file). None: the descriptions' defaults.
+def open_pair(source: Domain, target: Domain, transform_s: Transform, transform_t: Transform, *,
+              val_set: str | None = None, num_classes: int | None = None, ignore: int | None = None, seed: int = 0,
+              check_all: bool = False, allow_overlap: bool = False) -> DomainPair:
+    """Source, target and validation sets of a run, checked: some 50 files of each, or with ``check_all`` every file.
 
-    ignore: the value of source pixels of no class. A validation set that the caller did not name and that is not there
-    is left out. allow_overlap: images may stand in both the training and the validation set.
+    val_set: the labelled set of the target to score on. Where it is None, the description's is taken if it is on disk
+    with labels. ignore: the value of source pixels of no class (default: the description's). allow_overlap: images may
+    belong to both the training and the validation set.
     Raises UserError for everything that would disturb the run later.
     """
-    classes = select_classes(target, source, num_classes)
-    folder_s = ImageFolder(source, root_s or source.root, set_s or source.sets["source"], classes, transform_s,
-                           task=target, list_file=list_s, ignore=ignore, seed=seed)
-    folder_t = ImageFolder(target, root_t or target.root, set_t or target.sets["train"], classes, transform_t,
-                           labelled=False, list_file=list_t, seed=seed + 1)
-    try:
-        validation = ImageFolder(target, root_t or target.root, set_val or target.sets["val"], classes, transform_t)
-    except UserError:
-        if set_val:
-            raise
-        validation = None
+    classes = select_classes(target.description, source.description, num_classes)
+    if ignore is not None and ignore < len(classes):
+        raise UserError(f"the label to ignore, {ignore}, is the index of the class '{classes[ignore]}': choose one "
+                        f"from {len(classes)} to 255")
+    folder_s = ImageFolder(source, classes, transform_s, task=target.description, ignore=ignore, seed=seed)
+    folder_t = ImageFolder(target, classes, transform_t, labelled=False, seed=seed + 1)
+    validation = _open_validation(target, val_set, classes, transform_t)
     for folder in (folder_s, folder_t, validation):
         if folder is not None:
-            check(folder, fully)
+            check(folder, check_all)
     if validation is not None and not allow_overlap:
-        both = {p.resolve() for p in folder_t.images} & {p.resolve() for p in validation.images}
-        if both:
-            raise UserError(f"{len(both)} images stand in both the training set ({folder_t.set}) and the evaluation "
-                            f"set ({validation.set}) of {target.name}, {min(both)} among them: choose another --set, "
-                            "--val-set or list")
-    return DomainPair(folder_s, folder_t, validation, target, classes)
+        files = {_file_number(path) for path in validation.images}
+        shared = [path for path in folder_t.images if _file_number(path) in files]
+        if shared:
+            images = "1 image belongs" if len(shared) == 1 else f"{len(shared)} images belong"
+            raise UserError(f"{images} to both the training set ({target.set}) and the evaluation "
+                            f"set ({validation.domain.set}) of {target.name}, {shared[0]} among them: "
+                            "choose another --set, --val-set or list")
+    return DomainPair(folder_s, folder_t, validation, target.description, classes)
 
 
-def check(dataset: ImageFolder, fully: bool = False, most: int = 50) -> None:
-    """Raises UserError that lists missing labels, then files that cannot be used: among ``most`` spread over the set
-    (about a second, for every start), or ``fully`` among all (``--check-data``)."""
-    problems = [f"{image}: its label {label} does not exist" for image, label
-                in zip(dataset.images, dataset.labels or (), strict=bool(dataset.labels)) if not label.is_file()]
+def _open_validation(target: Domain, val_set: str | None, classes: Sequence[str],
+                     transform: Transform) -> ImageFolder | None:
+    domain = target.with_set(val_set or target.description.sets["val"])
+    if val_set:
+        return ImageFolder(domain, classes, transform)
+    if target.description.labels is None:
+        return None
+    try:
+        folder = ImageFolder(domain, classes, transform)
+    except MissingSet:
+        return None
+    return None if len(missing_files(folder.labels)) == len(folder) else folder
+
+
+def _file_number(path: Path) -> tuple[int, int]:
+    """The same for all names of a file, links included."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def check(dataset: ImageFolder, check_all: bool = False, sample: int = 50) -> None:
+    """Raises a UserError that lists missing labels, then files that cannot be used: among ``sample`` of them spread
+    evenly over the set (about a second, for every start), or among all (``--check-data``). Labels that hold none of
+    the run's classes in any of these files are refused too."""
+    problems = [f"{dataset.images[index]}: its label {dataset.labels[index]} does not exist"
+                for index in missing_files(dataset.labels or ())]
     if not problems:
-        count = len(dataset) if fully else min(most, len(dataset))
-        problems = list(problems_of(dataset, np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))))
+        indices = spread(len(dataset), len(dataset) if check_all else sample)
+        problems, labelled = _check_files(dataset, indices)
+        if not problems and not labelled:
+            raise UserError(f"{dataset.domain}: none of the {len(indices)} labels that were read, {dataset.labels[0]} "
+                            "the first, has a pixel of any class of this run: are these the right labels, and the "
+                            "right --source and --target?")
     if problems:
-        more = [f"... and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
-        title = (f"{dataset.description.name} ({dataset.root}, {dataset.set}) has {len(problems)} bad "
-                 f"file{'s' * (len(problems) > 1)}:")
-        raise UserError("\n  ".join([title, *problems[:LISTED], *more]))
+        files = "file" if len(problems) == 1 else "files"
+        raise UserError(f"{dataset.domain} has {len(problems)} bad {files}:\n{itemized(problems)}")
 
 
-def problems_of(dataset: ImageFolder, indices: Iterable[int]) -> Iterator[str]:
-    """One line for each pair that cannot be trained or scored on."""
+def _check_files(dataset: ImageFolder, indices: Sequence[int]) -> tuple[list[str], bool]:
+    """(one line for each pair that cannot be trained or scored on, whether any label holds a class)."""
+    problems, labelled = [], dataset.labels is None
     for index in indices:
         try:
-            image, label = dataset.read(int(index))
+            image, label = dataset.read(index)
         except UserError as error:
-            yield str(error)
+            problems.append(str(error))
             continue
-        if label is not None and image.size != label.shape[::-1] and not dataset.description.sizes_may_differ:
-            yield (f"{dataset.images[index]} is {image.size[0]}x{image.size[1]}, but its label "
-                   f"{dataset.labels[index]} is {label.shape[1]}x{label.shape[0]}")
+        if label is None:
+            continue
+        if image.size != label.shape[::-1] and not dataset.domain.description.sizes_may_differ:
+            problems.append(f"{dataset.images[index]} is {image.size[0]}x{image.size[1]}, but its label "
+                            f"{dataset.labels[index]} is {label.shape[1]}x{label.shape[0]}")
+        labelled = labelled or bool((label < dataset.num_classes).any())
+    return problems, labelled

@@ -1,9 +1,8 @@
 """Paired transforms of an image and its label; randomness comes from the caller's generator, so it can be repeated."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,48 +74,6 @@ def crop_or_pad(image: Tensor, label: Tensor, size: tuple[int, int], corner: tup
     return image[:, y:y + height, x:x + width], label[y:y + height, x:x + width]
 
 
-class Crop(NamedTuple):
-    """What random_crop returns; rows and cols are the places in the label file of the crop's pixels."""
-
-    image: Tensor     # float32 [3, h, w]
-    label: Tensor     # int64 [h, w]
-    rows: np.ndarray  # int64, at most h
-    cols: np.ndarray  # int64, at most w
-
-
-def random_crop(image: Image.Image, label: np.ndarray, rng: np.random.Generator, *, working: tuple[int, int] | None,
-            crop: tuple[int, int], pixels: str, scale: bool, mirrored: bool, mine: Sequence[int] = (),
-            mine_chance: float = 0.0, ignore: int = 255) -> Crop:
-    """A training crop (width, height) of an image of the ``working`` size (None: its own) at a random scale.
-
-    With chance ``mine_chance``, where the label holds a class of ``mine``, one such class and one of its pixels are
-    drawn, and the crop is centred there, shifted back inside. Images smaller than the crop are padded.
-    """
-    factor = rng.integers(5, 16) / 10 if scale else 1.0
-    w, h = (max(1, round(n * factor)) for n in working or image.size)
-    (height, width), (cw, ch) = label.shape, crop
-    room_x, room_y = max(w - cw, 0), max(h - ch, 0)
-    x, y = rng.integers(room_x + 1), rng.integers(room_y + 1)
-    held = [c for c in mine if (label == c).any()]
-    if held and rng.random() < mine_chance:
-        place = rng.choice(np.flatnonzero(label == rng.choice(held)))
-        x = np.clip(round((place % width + 0.5) * w / width - cw / 2), 0, room_x)
-        y = np.clip(round((place // width + 0.5) * h / height - ch / 2), 0, room_y)
-    n, m = min(cw, w), min(ch, h)
-    step_x, step_y = image.width / w, image.height / h
-    picture = image.resize((n, m), Image.Resampling.BICUBIC,
-                           box=(x * step_x, y * step_y, min((x + n) * step_x, image.width),
-                                min((y + m) * step_y, image.height)))
-    rows = ((np.arange(y, y + m) + 0.5) * height / h).astype(np.int64)
-    cols = ((np.arange(x, x + n) + 0.5) * width / w).astype(np.int64)
-    content = to_tensor(picture, pixels)
-    if mirrored and rng.random() < 0.5:
-        content, cols = content.flip(2), cols[::-1].copy()
-    out = torch.full((ch, cw), ignore, dtype=torch.int64)
-    out[:m, :n] = torch.from_numpy(label[rows[:, None], cols].astype(np.int64))
-    return Crop(F.pad(content, (0, cw - n, 0, ch - m)), out, rows, cols)
-
-
 @dataclass(frozen=True)
 class Augment:
     """Resize to ``size`` (width, height); optionally scale by 0.5..1.5 (then crop or pad back) and mirror (p = 0.5).
@@ -148,31 +105,6 @@ class Augment:
         if self.random_scale or self.crop:
             x, y = crop_or_pad(x, y, self.crop or self.size, tuple(rng.random(2)), self.ignore)
         return x, y
-
-
-@dataclass(frozen=True)
-class ShortSideCrop:
-    """Resize so that the short side is drawn from ``short`` (least, most), cut ``size`` (width, height) out, mirror.
-
-    Called as Augment is; an image smaller than ``size`` is padded.
-    """
-
-    size: tuple[int, int]
-    short: tuple[int, int]
-    pixels: str
-    random_mirror: bool = True
-    ignore: int = 255
-
-    def __call__(self, image: Image.Image, label: np.ndarray | None,
-                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        factor = rng.integers(self.short[0], self.short[1] + 1) / min(image.size)
-        image, label = resize(image, label, (round(image.width * factor), round(image.height * factor)))
-        if label is None:
-            label = np.full(image.size[::-1], self.ignore, np.uint8)
-        if self.random_mirror and rng.random() < 0.5:
-            image, label = mirror(image, label)
-        return crop_or_pad(to_tensor(image, self.pixels), torch.from_numpy(label.astype(np.int64)), self.size,
-                           tuple(rng.random(2)), self.ignore)
 
 
 Transform = Callable[[Image.Image, "np.ndarray | None", np.random.Generator], tuple[Tensor, Tensor]]

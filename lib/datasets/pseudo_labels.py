@@ -1,0 +1,150 @@
+"""Labels that a network has given to a target set, on disk: their files, their description, a picture of some."""
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lib import visual
+from lib.datasets.description import Domain
+from lib.datasets.folder import DomainPair, ImageFolder
+from lib.datasets.labels import derived_description, label_table, written_values
+from lib.datasets.pictures import spread
+from lib.errors import UserError
+from lib.files import atomic_write
+from lib.runtime import Run
+
+IGNORE = 255
+
+
+class PseudoLabels:
+    """The labels of ``data.target`` below ``work``/pseudo_labels, as their images lie below the data set's root.
+
+    ``work`` will be renamed to ``final`` when all is done; the description that lies beside the labels,
+    pseudo_labels.json, speaks of ``final``, and is what --source of any script reads. Raises UserError for braces in
+    the path, which a description takes for placeholders.
+    """
+
+    def __init__(self, data: DomainPair, work: Path, final: Path):
+        if set("{}") & set(str(final.resolve())):
+            raise UserError(f"--snapshot-dir {final.parent}: a data set cannot lie below a folder with braces in its "
+                            "name: choose another")
+        self.data, self.work, self.final = data, work, final.resolve()
+        ids, unlabelled = written_values(data.task)
+        self.to_ids = np.full(256, unlabelled, np.uint8)  # class index -> the value in the file
+        self.to_ids[:len(data.classes)] = [ids[data.task.classes.index(name)] for name in data.classes]
+
+    def file(self, index: int, folder: str = "pseudo_labels") -> Path:
+        target = self.data.target
+        return self.work / folder / target.images[index].relative_to(target.domain.root).with_suffix(".png")
+
+    def write(self, index: int, label: np.ndarray, in_colour: bool = False) -> None:
+        """label: class indices uint8 [H, W], IGNORE where there is none; ``in_colour`` writes its colours too."""
+        visual.save(Image.fromarray(self.to_ids[label]), self.file(index), compress_level=1)
+        if in_colour:
+            visual.save(visual.colour_map(label, self.data.palette), self.file(index, "pseudo_labels_color"),
+                        compress_level=1)
+
+    def describe(self) -> None:
+        """Write pseudo_labels.json and the list of the images beside it."""
+        domain = self.data.target.domain
+        entries = derived_description(domain.description, domain.root, self.final / "pseudo_labels",
+                                      f"{self.final}/{{set}}.txt", domain.set)
+        write_list(self.data.target.images, domain.root, self.work / f"{domain.set}.txt")
+        write_text(self.work / "pseudo_labels.json", json.dumps(entries, indent=1) + "\n")
+
+    def open(self) -> ImageFolder:
+        """The target with these labels."""
+        labelled = copy.copy(self.data.target)
+        labelled.labels = [self.file(index) for index in range(len(labelled))]
+        labelled.domain = Domain.open(self.work / "pseudo_labels.json")
+        labelled.table = label_table(labelled.domain.description, self.data.classes)
+        labelled.table[labelled.table == labelled.domain.description.ignore] = IGNORE
+        return labelled
+
+    def draw(self, max_images: int, path: Path) -> None:
+        """Panels [image, pseudo-label, truth where it is on disk] of some images. Nothing else opens that truth."""
+        data, labelled, truth = self.data, self.open(), None
+        if data.task.labels is not None:
+            truth = ImageFolder(data.target.domain, data.classes, None)
+            label_of = dict(zip(truth.images, truth.labels, strict=True))
+            truth.images, truth.labels = data.target.images, [label_of.get(image) for image in data.target.images]
+        rows = []
+        for index in spread(len(labelled), max_images):
+            image, label = labelled.read(index)
+            rows.append([image, visual.colour_map(label, data.palette)])
+            if truth is not None:
+                known = truth.labels[index] is not None and truth.labels[index].is_file()
+                rows[-1].append(visual.colour_map(truth.truth(index), data.palette) if known
+                                else Image.new("RGB", image.size, visual.PALE))
+        width = min(max(rows[0][0].width, 256), 480)
+        captions = ["image", "pseudo-label", "truth"][:len(rows[0])]
+        key = visual.legend(data.classes, data.palette, len(captions) * (width + 4) - 4)
+        visual.save(visual.panel(rows, captions, width, key=key), path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Raises UserError."""
+    with atomic_write(path) as new:
+        new.write_text(text)
+
+
+def write_list(images: Sequence[Path], root: Path, path: Path) -> None:
+    """A list file: one image a line, relative to its data set's root. Raises UserError."""
+    write_text(path, "".join(f"{image.relative_to(root).as_posix()}\n" for image in images))
+
+
+# --- folders of rounds: N.partial is the round N at work, N a complete one --------------------------------------------
+
+
+def complete_rounds(folder: Path, before: int, run: Run) -> None:
+    """Give the folders of the rounds N < ``before`` their final names, without what only their making needed."""
+    if run.is_main:
+        for partial in sorted(folder.glob("*.partial")):
+            if int(partial.stem) < before:
+                (partial / "progress.pth").unlink(missing_ok=True)
+                shutil.rmtree(partial / "logits", ignore_errors=True)
+                os.replace(partial, partial.with_suffix(""))
+    run.barrier()
+
+
+def remove_rounds(folder: Path) -> None:
+    """Delete all rounds, complete or not."""
+    for path in folder.glob("[0-9]*"):
+        if path.is_dir() and path.name.removesuffix(".partial").isdigit():
+            shutil.rmtree(path)
+
+
+def reopen_round(folder: Path, number: int, run: Run) -> None:
+    """Work on a complete round again."""
+    if run.is_main and (folder / str(number)).exists():
+        os.replace(folder / str(number), folder / f"{number}.partial")
+    run.barrier()
+
+
+# --- priors -----------------------------------------------------------------------------------------------------------
+
+
+def load_prior(path: str | Path, classes: int) -> np.ndarray:
+    """float32 [C, H, W] from ``prior_array`` in a .npz or MATLAB file. Raises UserError."""
+    try:
+        if str(path).endswith(".mat"):
+            from scipy.io import loadmat
+            prior = loadmat(path)["prior_array"]
+        else:
+            prior = np.load(path)["prior_array"]
+    except Exception as error:  # NumPy and SciPy raise many kinds for a broken file
+        raise UserError(f"--spatial-prior {path}: no prior can be read from it ({error}); it should be a .npz or "
+                        ".mat file with prior_array, or 'build'") from None
+    prior = np.asarray(prior, np.float32)
+    if prior.ndim != 3 or len(prior) != classes or not (np.isfinite(prior).all() and 0 <= prior.min() <= prior.max()
+                                                        <= 1):
+        raise UserError(f"--spatial-prior {path}: prior_array is {' x '.join(map(str, prior.shape))}; it should be "
+                        f"{classes} x height x width (one map for each class), with values 0..1")
+    return prior

@@ -1,0 +1,247 @@
+"""Two sets of pictures without pairs, for image translation: A is the source, B the target.
+
+They come from a folder with trainA, trainB, testA and testB, from folders with lists, or from described data sets.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lib.datasets.description import list_images, load_description
+from lib.datasets.folder import LISTED, ImageFolder, Sample
+from lib.errors import UserError
+
+PICTURES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
+UNIFORM = 1.0  # a crop whose grey values (0..255) deviate less from their mean than this is redrawn
+REDRAWS = 20   # of a crop, before it is taken as it is: the trainers' guard on the gradient norm is the second line
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """An RGB picture; grey ones and palettes are converted. Raises UserError for 16 bits a channel and transparency."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # broken files make Pillow raise many types
+        raise UserError(f"{path}: not a picture that can be read: {error}") from None
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise UserError(f"{path} has 16 or more bits a channel: convert it to 8 bits first, with the contrast you want")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            raise UserError(f"{path} has transparent pixels: lay it on a background first")
+    return image.convert("RGB")
+
+
+def to_symmetric(image: Image.Image) -> Tensor:
+    """RGB picture -> float32 [3, H, W] in -1..1."""
+    array = np.asarray(image, np.float32) * np.float32(1 / 127.5) - np.float32(1)
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def from_symmetric(x: Tensor) -> Image.Image:
+    """The inverse, rounded to 8 bits."""
+    array = ((x.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    return Image.fromarray(array.cpu().numpy())
+
+
+def short_side_size(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """(width, height) scaled so that the shorter is ``short``."""
+    return tuple(max(short, round(n * short / min(size))) for n in size)
+
+
+def is_uniform(image: Image.Image) -> bool:
+    """Whether a crop is so even that the gradients of stacked instance norms explode on it."""
+    return bool(np.asarray(image, np.float32).std(axis=(0, 1)).max() < UNIFORM)
+
+
+def draw_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A random box of (width, height) in an image; redrawn where it is uniform. Raises UserError if it does not fit."""
+    if image.width < size[0] or image.height < size[1]:
+        raise UserError(f"it is {image.width}x{image.height} after resizing, smaller than the crop of "
+                        f"{size[0]}x{size[1]}: choose a larger size to resize to, or a smaller crop")
+    for _ in range(REDRAWS):
+        x, y = (int(rng.integers(n - c + 1)) for n, c in zip(image.size, size, strict=True))
+        box = x, y, x + size[0], y + size[1]
+        if not is_uniform(image.crop(box)):
+            break
+    return box
+
+
+@dataclass(frozen=True)
+class FlipResizeCrop:
+    """UNIT's and MUNIT's: mirror (p = 0.5), short side to ``short`` (None: as it is), random crop (width, height).
+
+    Called with (image, label or None, generator) it gives (float32 [3, h, w] in -1..1, int64 [h, w]); without a label
+    the second is all ``ignore``.
+    """
+
+    short: int | None
+    crop: tuple[int, int]
+    mirror: bool = True
+    ignore: int = 255
+
+    def __call__(self, image: Image.Image, label: np.ndarray | None,
+                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        size = short_side_size(image.size, self.short) if self.short else image.size
+        mirrored = self.mirror and rng.random() < 0.5
+        if mirrored:
+            image = ImageOps.mirror(image)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        box = draw_crop(image, self.crop, rng)
+        return to_symmetric(image.crop(box)), cut_label(label, size, box, mirrored, self.ignore)
+
+
+def cut_label(label: np.ndarray | None, size: tuple[int, int], box: tuple[int, int, int, int], mirrored: bool,
+              ignore: int) -> Tensor:
+    """int64 [h, w]: a label, mirrored, resized to ``size`` (nearest) and cut to ``box``, as its image was."""
+    if label is None:
+        return torch.full((box[3] - box[1], box[2] - box[0]), ignore)
+    picture = Image.fromarray(label)
+    if mirrored:
+        picture = ImageOps.mirror(picture)
+    picture = picture.resize(size, Image.Resampling.NEAREST).crop(box)
+    return torch.from_numpy(np.asarray(picture).astype(np.int64))
+
+
+Transform = Callable[[Image.Image, "np.ndarray | None", np.random.Generator], tuple[Tensor, Tensor]]
+
+
+class Pictures(Dataset):
+    """Pictures, and labels where ``labelled`` (whose images they are) has them; items as those of ImageFolder."""
+
+    def __init__(self, images: Sequence[Path], transform: Transform, seed: int, labelled: ImageFolder | None = None):
+        self.images, self.transform, self.seed, self.labelled = list(images), transform, seed, labelled
+
+    @property
+    def name(self) -> str:
+        """The folder that all pictures are in or below."""
+        return os.path.commonpath([path.parent for path in self.images])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index, draw = key if isinstance(key, tuple) else (key, key)
+        image = read_picture(self.images[index])
+        label = None if self.labelled is None else self.labelled.truth(index)
+        try:
+            x, y = self.transform(image, label, np.random.default_rng([self.seed, draw]))
+        except UserError as error:
+            raise UserError(f"{self.images[index]}: {error}") from None
+        return Sample(x, y, str(self.images[index]), image.size)
+
+
+class Domains(NamedTuple):
+    """The data of one run; the pictures of ``test`` are shown, not trained on."""
+
+    train_a: Pictures
+    train_b: Pictures
+    test_a: list[Path]
+    test_b: list[Path]
+
+    def check(self, fully: bool = False, most: int = 50) -> None:
+        """Read ``most`` pictures of each domain spread over it, or all. Raises UserError that lists the bad ones."""
+        for pictures in self[:2]:
+            if len(pictures) < 2:
+                raise UserError(f"{pictures.name} holds one picture: a domain needs at least two")
+            count = len(pictures) if fully else min(most, len(pictures))
+            problems = list(problems_of(pictures, np.linspace(0, len(pictures) - 1, count).astype(int).tolist()))
+            if problems:
+                more = [f"... and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
+                raise UserError("\n  ".join([f"{pictures.name} has {len(problems)} bad "
+                                             f"file{'s' * (len(problems) > 1)}:", *problems[:LISTED], *more]))
+        both = {p.resolve() for p in self.train_a.images} & {p.resolve() for p in self.train_b.images}
+        if both:
+            raise UserError(f"{len(both)} pictures are in both domains, {min(both)} among them: source and target must "
+                            "be different sets")
+
+
+def problems_of(pictures: Pictures, indices: Iterable[int]) -> Iterable[str]:
+    for index in indices:
+        try:
+            pictures[index]
+        except UserError as error:
+            yield str(error)
+
+
+def list_folder(folder: str | Path, list_file: str | Path | None = None) -> list[Path]:
+    """The pictures of a folder and those below it, sorted, or those that a list names, one a line. Raises UserError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of pictures")
+    if list_file is None:
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+        if not found:
+            raise UserError(f"{folder}: no picture in it or below it")
+        return found
+    try:
+        lines = [line.strip() for line in Path(list_file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{list_file}: the list cannot be read: {error}") from None
+    found = [folder / line.removeprefix("./") for line in lines if line]
+    missing = [str(p) for p in found if not p.is_file()]
+    if missing or not found:
+        raise UserError(f"{list_file}: " + (f"{len(missing)} of {len(found)} pictures do not exist: "
+                                            f"{', '.join(missing[:3])}" if missing else "the list is empty"))
+    return found
+
+
+def find_domains(*, dataroot: str | None, folders: Mapping[str, str | None], lists: Mapping[str, str | None],
+                 source: tuple[str | None, ...], target: tuple[str | None, ...]) -> dict[str, list[Path]]:
+    """The pictures that exactly one of these names, as "train_a", "train_b" and, where there are some, "test_a", ...
+
+    dataroot: a folder with trainA, trainB, testA and testB. folders, lists: by "train_a", ... source, target: (JSON
+    description, folder, set, list); None: the description's. Raises UserError.
+    """
+    kinds = [dataroot is not None, any(folders.values()), source[0] is not None or target[0] is not None]
+    if sum(kinds) != 1:
+        raise UserError(f"{'one kind of' if any(kinds) else 'no'} data {'only' if any(kinds) else 'given'}: "
+                        "--data-root FOLDER (with trainA, trainB), --data-folder-train-a and -b, or --source and "
+                        "--target with data sets")
+    if kinds[0]:
+        root = Path(dataroot)
+        lacking = [name for name in ("trainA", "trainB") if not (root / name).is_dir()]
+        if lacking:
+            raise UserError(f"{root}: it has no folder {' and no folder '.join(lacking)}; it should hold trainA, "
+                            "trainB and, for pictures to show, testA and testB")
+        folders = {f"{part}_{domain.lower()}": root / f"{part}{domain}" for part in ("train", "test")
+                   for domain in "AB" if (root / f"{part}{domain}").is_dir()}
+        lists = {}
+    if kinds[2]:
+        if source[0] is None or target[0] is None:
+            raise UserError("--source and --target belong together")
+        found = {}
+        for key, part, (name, root, set_, list_file) in (("train_a", "source", source), ("train_b", "train", target)):
+            d = load_description(name)
+            found[key] = list_images(d, root or d.root, set_ or d.sets[part], list_file)
+        return found
+    for key in ("train_a", "train_b"):
+        if not folders.get(key):
+            raise UserError(f"there is no folder of training pictures of domain {key[-1].upper()}: give "
+                            f"--data-folder-{key.replace('_', '-')}")
+    return {key: list_folder(folder, lists.get(key)) for key, folder in folders.items() if folder}
+
+
+def open_domains(found: Mapping[str, list[Path]], transform_a: Transform, transform_b: Transform, seed: int,
+                 labelled: ImageFolder | None = None, fully: bool = False) -> Domains:
+    """The data of a run, checked (``fully``: every file).
+
+    found: lists "train_a", "train_b" and optionally "test_a", "test_b" (else training pictures are shown). labelled:
+    the labels of train_a. Raises UserError.
+    """
+    domains = Domains(Pictures(found["train_a"], transform_a, seed, labelled),
+                      Pictures(found["train_b"], transform_b, seed + 1),
+                      found.get("test_a") or found["train_a"], found.get("test_b") or found["train_b"])
+    domains.check(fully)
+    return domains

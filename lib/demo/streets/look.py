@@ -1,0 +1,97 @@
+"""What separates the two domains: the colours, light, camera and traffic of a game and of a car's camera."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN = 7, 8, 11, 12, 13, 17, 19, 20
+VEGETATION, TERRAIN, SKY, PERSON, CAR, BUS, VOID = 21, 22, 23, 24, 26, 28, 0
+CLASSES = {ROAD: (128, 64, 128), SIDEWALK: (244, 35, 232), BUILDING: (70, 70, 70), WALL: (102, 102, 156),
+           FENCE: (190, 153, 153), POLE: (153, 153, 153), LIGHT: (250, 170, 30), SIGN: (220, 220, 0),
+           VEGETATION: (107, 142, 35), TERRAIN: (152, 251, 152), SKY: (70, 130, 180), PERSON: (220, 20, 60),
+           CAR: (0, 0, 142), BUS: (0, 60, 100)}
+
+Colour = tuple[float, float, float]  # red, green, blue in 0..1
+
+
+@dataclass(frozen=True)
+class Look:
+    """Everything that separates the domains; strengths are fractions of the full range unless they say otherwise."""
+    # surfaces
+    asphalt: Sequence[Colour]
+    paving: Sequence[Colour]
+    facades: Sequence[Colour]
+    windows: Sequence[Colour]
+    walls: Sequence[Colour]
+    fences: Sequence[Colour]
+    leaves: Sequence[Colour]
+    grass: Sequence[Colour]
+    poles: Sequence[Colour]
+    cars: Sequence[Colour]
+    clothes: Sequence[Colour]
+    sky: tuple[Colour, Colour]  # zenith, horizon
+    clouds: float
+    texture: float  # multi-octave noise on every surface
+    dirt: float  # large stains and repairs
+    # light and camera
+    illumination: Colour
+    ambient: float  # the share of light that does not come from the sun
+    shadow: float  # how much light a cast shadow takes away
+    haze: float  # per metre
+    haze_colour: Colour
+    gamma: float
+    contrast: float
+    saturation: float
+    brightness: float
+    exposure: float  # spread of brightness from picture to picture
+    vignette: float
+    blur: float  # pixels at the height BLUR_HEIGHT
+    noise: float
+    # shares of what stands in the street
+    traffic: float  # mean number of moving cars
+    parked: float  # how likely a kerb is full of parked cars
+    people: float  # mean number of people
+    buses: float  # mean number of buses
+    trees: float  # how likely a side has a row of trees
+    frontage: tuple[float, float, float, float, float]  # weights of building, wall, fence, hedge, open ground
+    bonnet: float  # how likely the camera car's bonnet shows (void)
+
+
+BLUR_HEIGHT = 96
+SOURCE = Look(
+    asphalt=[(.36, .36, .40), (.31, .31, .36), (.40, .40, .43)],
+    paving=[(.72, .68, .60), (.66, .64, .60), (.76, .70, .62)],
+    facades=[(.86, .74, .56), (.80, .52, .42), (.90, .86, .76), (.62, .70, .78), (.74, .64, .50), (.84, .66, .62)],
+    windows=[(.22, .34, .50), (.16, .26, .42), (.30, .44, .58)],
+    walls=[(.74, .68, .60), (.66, .50, .42)], fences=[(.52, .38, .26), (.40, .44, .50)],
+    leaves=[(.30, .54, .16), (.38, .58, .20), (.24, .48, .18)], grass=[(.48, .62, .24), (.56, .60, .28)],
+    poles=[(.34, .36, .38), (.26, .28, .30)],
+    cars=[(.80, .12, .10), (.14, .26, .66), (.92, .92, .92), (.12, .12, .14), (.86, .66, .12), (.16, .46, .30)],
+    clothes=[(.80, .22, .20), (.20, .36, .72), (.88, .84, .78), (.24, .52, .34), (.82, .62, .20)],
+    sky=((.30, .54, .90), (.70, .84, .97)), clouds=.35, texture=.05, dirt=.03,
+    illumination=(1.06, 1.0, .92), ambient=.52, shadow=.0, haze=.001, haze_colour=(.74, .84, .95),
+    gamma=1.0, contrast=1.0, saturation=1.1, brightness=.0, exposure=.05, vignette=.0, blur=.0, noise=.004,
+    traffic=1.6, parked=.33, people=6.0, buses=.7, trees=.45, frontage=(.36, .23, .24, .10, .07), bonnet=.0)
+TARGET = Look(
+    asphalt=[(.44, .43, .41), (.50, .48, .45), (.38, .38, .38)],
+    paving=[(.60, .57, .54), (.66, .62, .58), (.56, .52, .49)],
+    facades=[(.66, .60, .50), (.54, .37, .30), (.74, .72, .66), (.52, .53, .54), (.68, .57, .42), (.62, .50, .45)],
+    windows=[(.24, .26, .28), (.38, .41, .43), (.17, .18, .19)],
+    walls=[(.58, .54, .49), (.52, .44, .38)], fences=[(.38, .34, .29), (.32, .38, .36)],
+    leaves=[(.25, .36, .17), (.32, .40, .19), (.20, .31, .18)], grass=[(.40, .48, .23), (.47, .48, .28)],
+    poles=[(.42, .43, .43), (.33, .34, .34)],
+    cars=[(.12, .12, .13), (.56, .57, .59), (.78, .78, .78), (.30, .31, .34), (.20, .26, .42), (.52, .13, .12)],
+    clothes=[(.14, .15, .19), (.22, .25, .36), (.46, .40, .35), (.54, .17, .16), (.60, .60, .60)],
+    sky=((.74, .79, .84), (.90, .91, .91)), clouds=.8, texture=.13, dirt=.08,
+    illumination=(.90, 1.0, 1.02), ambient=.66, shadow=.40, haze=.006, haze_colour=(.82, .85, .86),
+    gamma=1.25, contrast=.78, saturation=.80, brightness=.04, exposure=.10, vignette=.30, blur=.45, noise=.016,
+    traffic=2.4, parked=.50, people=7.5, buses=.6, trees=.60, frontage=(.44, .17, .22, .10, .07), bonnet=.5)
+
+
+def tone(rng: Random, colours: Sequence[Colour], spread: float = .12) -> Colour:
+    """One of the colours, a little lighter or darker."""
+    gain = 1 + rng.uniform(-spread, spread)
+    return tuple(c * gain for c in rng.choice(colours))
+
+
+def scale(colour: Colour, gain: float) -> Colour:
+    return tuple(c * gain for c in colour)

@@ -1,0 +1,125 @@
+"""Features of people for evaluate_reid.py, and for the scores that train_ecn.py ends with."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from lib import ops
+from lib.datasets.folder import outlive_stop
+from lib.datasets.persons import Person, PersonImages, PersonSet, TestTransform
+from lib.metrics_reid import match_lists, scores
+from lib.models.reid import IDNet, SPGANNet, retrieval_features
+from lib.runtime import Run
+from lib.session import Log
+
+RANKS = (1, 5, 10, 20)  # of the CMC curve, as in the tables of papers
+
+
+def _load(people: Sequence[Person], transform: TestTransform, order: Sequence[int], batch: int,
+          workers: int) -> DataLoader:
+    return DataLoader(PersonImages(people, transform), batch, sampler=order, num_workers=workers,
+                      worker_init_fn=outlive_stop, generator=torch.Generator())
+
+
+@torch.inference_mode()
+def extract(net: IDNet | SPGANNet, people: Sequence[Person], transform: TestTransform, run: Run, *,
+            output: str = "pool5", lmp: int = 0, mirrored: bool = False, batch: int = 64, workers: int = 0) -> Tensor:
+    """float32 [N, D] on the run's device: the feature of each image in order, of length 1, shared by all processes.
+
+    output, lmp, mirrored: see lib.models.reid.retrieval_features. ``net`` is left in the mode it has.
+    """
+    net = copy.deepcopy(net).eval()
+    features = None
+    for item in _load(people, transform, range(run.rank, len(people), run.world), batch, workers):
+        with run.autocast():
+            f = retrieval_features(net, run.place(item.image), output, lmp=lmp, mirrored=mirrored).float()
+        if features is None:
+            features = f.new_zeros(len(people), f.shape[1])
+        features[item.index.to(run.device)] = f
+    return run.sum(features) if run.world > 1 else features
+
+
+@torch.no_grad()
+def reestimate_bn(net: IDNet | SPGANNet, people: Sequence[Person], transform: TestTransform, run: Run, *,
+                  batch: int = 64, workers: int = 0) -> IDNet | SPGANNet:
+    """A copy of ``net`` whose BN statistics are averages over batches of the given images (labels play no part).
+
+    Li et al., "Revisiting Batch Normalization for Practical Domain Adaptation" (AdaBN, 2016).
+    """
+    net = copy.deepcopy(net).eval()
+    for layer in net.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative average
+            layer.train()
+    order = np.random.default_rng(0).permutation(len(people)).tolist()  # files are sorted by person
+    for item in _load(people, transform, order, batch, workers):
+        if len(item.image) > 1:
+            with run.autocast():
+                net(run.place(item.image))
+    return net.eval()
+
+
+def names_of(people: Sequence[Person]) -> tuple[np.ndarray, np.ndarray]:
+    """(identities, cameras), int64 [N] each."""
+    return tuple(np.array([getattr(p, key) for p in people], np.int64) for key in ("identity", "camera"))
+
+
+def scores_of(features_q: Tensor, features_g: Tensor, data: PersonSet) -> dict[str, float]:
+    """CMC at 1, 5, 10 and 20 and both mAPs in per cent, and how many queries have no match and are left out."""
+    matches, own = match_lists(*names_of(data.query), *names_of(data.gallery))
+    found = scores(matches, ops.rank_counts(features_q, features_g, matches, own), max_rank=max(RANKS))
+    return {**{f"R{k}": 100 * float(found.cmc[k - 1]) for k in RANKS}, "mAP": 100 * found.mean_ap("trapezoid"),
+            "mAP_precision": 100 * found.mean_ap("precision"), "unmatched": len(found.unmatched)}
+
+
+class PersonValidation:
+    """Scores a network on the queries and gallery of ``data`` during training, for lib.session.Session.
+
+    No best is kept: choosing a snapshot by these scores would need the target's labels. bn_stats "target": BN
+    statistics are re-estimated on the target's training images first. features: arguments of ``extract``.
+    """
+
+    def __init__(self, data: PersonSet, transform: TestTransform, run: Run, *, bn_stats: str = "running",
+                 workers: int = 0, **features):
+        self.data, self.transform, self.run, self.bn_stats = data, transform, run, bn_stats
+        self.workers, self.features = workers, features
+        self.iteration: int | None = None   # of the last call
+        self.scores: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, object]:
+        return {"iteration": self.iteration, "scores": self.scores}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        self.iteration, self.scores = state["iteration"], dict(state["scores"])
+
+    def __call__(self, net: IDNet | SPGANNet, iteration: int, meta: Mapping[str, object], log: Log) -> None:
+        self.score(net)
+        self.iteration = iteration
+        log.scores(iteration, self.scores)
+        self.run.say(f"iteration {iteration}: " + self.line())
+
+    def score(self, net: IDNet | SPGANNet) -> dict[str, float]:
+        """The scores of ``net``, which is left as it is."""
+        if self.bn_stats == "target":
+            net = reestimate_bn(net, self.data.train, self.transform, self.run, workers=self.workers)
+        query, gallery = (extract(net, people, self.transform, self.run, workers=self.workers, **self.features)
+                          for people in (self.data.query, self.data.gallery))
+        self.scores = scores_of(query, gallery, self.data)
+        return self.scores
+
+    def line(self) -> str:
+        s = self.scores
+        left_out = f"; {s['unmatched']} queries without a match left out" if s["unmatched"] else ""
+        return ("target " + ", ".join(f"R{k} {s[f'R{k}']:.1f}" for k in RANKS) + f", mAP {s['mAP']:.1f} (trapezoidal; "
+                f"mean of precisions {s['mAP_precision']:.1f}){left_out}")
+
+    def report(self) -> None:
+        """Print the scores of the last evaluation."""
+        self.run.say(self.line())
