@@ -142,6 +142,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = flags.parse(p, argv, DEMO)
     args.snapshot_dir = args.snapshot_dir or f"logs/{args.method}"
     args.lr_trunk = 0.1 * args.learning_rate if args.lr_trunk is None else args.lr_trunk
+    if args.method == "ecn" and args.epochs and args.inv_alpha * (args.epochs - 1) > 1:
+        p.error(f"--inv-alpha {args.inv_alpha}: alpha of Eq. 2 is that times the epoch and must stay below 1, in "
+                f"{args.epochs} epochs too")
     if args.method == "camstyle" and not args.camstyle:
         p.error("--method camstyle needs style images in a step: --camstyle 46")
     return args
