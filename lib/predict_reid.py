@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lib import ops
 from lib.datasets.folder import outlive_stop
 from lib.datasets.persons import Person, PersonImages, PersonSet, TestTransform
-from lib.metrics_reid import match_lists, scores
+from lib.metrics_reid import match_lists, reranked, scores
 from lib.models.reid import IDNet, SPGANNet, retrieval_features
 from lib.runtime import Run
 from lib.session import Log
@@ -71,10 +71,19 @@ def names_of(people: Sequence[Person]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([getattr(p, key) for p in people], np.int64) for key in ("identity", "camera"))
 
 
-def scores_of(features_q: Tensor, features_g: Tensor, data: PersonSet) -> dict[str, float]:
-    """CMC at 1, 5, 10 and 20 and both mAPs in per cent, and how many queries have no match and are left out."""
+def scores_of(query: Tensor, gallery: Tensor, data: PersonSet, rerank: bool = False) -> dict[str, float]:
+    """CMC at 1, 5, 10 and 20 and both mAPs in per cent, and how many queries have no match and are left out.
+
+    query [Q, D], gallery [N, D]: features of the images of ``data`` in order. rerank: by k-reciprocal re-ranking.
+    """
     matches, own = match_lists(*names_of(data.query), *names_of(data.gallery))
-    found = scores(matches, ops.rank_counts(features_q, features_g, matches, own), max_rank=max(RANKS))
+    if rerank:
+        parts = [ops.row_rank_counts(d, matches.of(at), own.of(at))
+                 for at, d in reranked(torch.cat([query, gallery]).cpu(), len(query))]
+        ranks = ops.Ranks(*map(torch.cat, zip(*parts, strict=True)))
+    else:
+        ranks = ops.rank_counts(query, gallery, matches, own)
+    found = scores(matches, ranks, max_rank=max(RANKS))
     return {**{f"R{k}": 100 * float(found.cmc[k - 1]) for k in RANKS}, "mAP": 100 * found.mean_ap("trapezoid"),
             "mAP_precision": 100 * found.mean_ap("precision"), "unmatched": len(found.unmatched)}
 
@@ -83,13 +92,14 @@ class PersonValidation:
     """Scores a network on the queries and gallery of ``data`` during training, for lib.session.Session.
 
     No best is kept: choosing a snapshot by these scores would need the target's labels. bn_stats "target": BN
-    statistics are re-estimated on the target's training images first. features: arguments of ``extract``.
+    statistics are re-estimated on the target's training images first. rerank: a second line of scores, after
+    re-ranking. features: arguments of ``extract``.
     """
 
     def __init__(self, data: PersonSet, transform: TestTransform, run: Run, *, bn_stats: str = "running",
-                 workers: int = 0, **features):
+                 rerank: bool = False, workers: int = 0, **features):
         self.data, self.transform, self.run, self.bn_stats = data, transform, run, bn_stats
-        self.workers, self.features = workers, features
+        self.rerank, self.workers, self.features = rerank, workers, features
         self.iteration: int | None = None   # of the last call
         self.scores: dict[str, float] = {}
 
@@ -103,7 +113,7 @@ class PersonValidation:
         self.score(net)
         self.iteration = iteration
         log.scores(iteration, self.scores)
-        self.run.say(f"iteration {iteration}: " + self.line())
+        self.run.say(f"iteration {iteration}, {self.lines()}")
 
     def score(self, net: IDNet | SPGANNet) -> dict[str, float]:
         """The scores of ``net``, which is left as it is."""
@@ -112,14 +122,22 @@ class PersonValidation:
         query, gallery = (extract(net, people, self.transform, self.run, workers=self.workers, **self.features)
                           for people in (self.data.query, self.data.gallery))
         self.scores = scores_of(query, gallery, self.data)
+        if self.rerank:
+            again = scores_of(query, gallery, self.data, rerank=True)
+            self.scores |= {f"reranked_{key}": value for key, value in again.items() if key != "unmatched"}
         return self.scores
 
-    def line(self) -> str:
-        s = self.scores
-        left_out = f"; {s['unmatched']} queries without a match left out" if s["unmatched"] else ""
-        return ("target " + ", ".join(f"R{k} {s[f'R{k}']:.1f}" for k in RANKS) + f", mAP {s['mAP']:.1f} (trapezoidal; "
-                f"mean of precisions {s['mAP_precision']:.1f}){left_out}")
+    def lines(self) -> str:
+        def line(title: str, s: Mapping[str, float]) -> str:
+            return (f"{title}: " + ", ".join(f"R{k} {s[f'R{k}']:.1f}" for k in RANKS) + f", mAP {s['mAP']:.1f} "
+                    f"(trapezoidal; mean of precisions {s['mAP_precision']:.1f})")
+
+        text = line("target", self.scores)
+        if self.scores["unmatched"]:
+            text += f"; {self.scores['unmatched']} queries without a match left out"
+        again = {k.removeprefix("reranked_"): v for k, v in self.scores.items() if k.startswith("reranked_")}
+        return text + ("\n" + line("re-ranked", again) if again else "")
 
     def report(self) -> None:
         """Print the scores of the last evaluation."""
-        self.run.say(self.line())
+        self.run.say(self.lines())

@@ -99,7 +99,7 @@ def test_a_run(people, folder, in_this_process, flags, losses, capsys):
     assert ("state_dict_inv" in state) == ("loss_tgt" in losses)
     if "loss_tgt" in losses:
         assert state["state_dict_inv"]["em"].shape == (12, 16)
-    trained = re.search(r"iteration 4: (.*)", capsys.readouterr().out)[1]
+    trained = re.search(r"iteration 4, (.*)", capsys.readouterr().out)[1]
     assert script.main(arguments(people, folder, *flags, "--evaluate")) == 0
     assert capsys.readouterr().out.strip().endswith(trained)
     assert logged(folder, "mAP")[-1]["mAP"] <= logged(folder, "mAP")[-1]["mAP_precision"] + 100
