@@ -271,7 +271,7 @@ def open_data(args: argparse.Namespace, run: runtime.Run) -> tuple[PersonSet, Pe
     source = open_persons(args.data_dir, args.source, ["train"], msmt_val=args.msmt_val)
     target = open_persons(args.data_dir, args.target, target_parts, msmt_val=args.msmt_val)
     for data in (source, target):
-        check(data, fully=args.check_data)
+        check(data, check_all=args.check_data)
         if args.check_data:
             run.say("\n".join([f"{data.name}: {data.root}", *(f"  {line}" for line in describe(data))]))
     if "duke" in (source.name.lower(), target.name.lower()):
@@ -289,7 +289,8 @@ def initialise(net: IDNet | SPGANNet, weights: dict[str, Tensor] | None, source:
 
 def validation_of(args: argparse.Namespace, target: PersonSet, pixels: str, run: runtime.Run) -> PersonValidation:
     return PersonValidation(target, TestTransform((args.height, args.width), pixels), run, bn_stats=args.bn_stats,
-                            rerank=args.rerank, workers=args.num_workers, output=args.output_feature,
+                            rerank=args.rerank, panels=Path(args.snapshot_dir) / "ranks",
+                            max_panels=args.save_num_images, workers=args.num_workers, output=args.output_feature,
                             mirrored=args.mirrored, lmp=args.lmp)
 
 
