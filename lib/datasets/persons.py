@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.datasets.description import read_image
+from lib.datasets.pictures import read_image
 from lib.datasets.transforms import to_tensor
 from lib.errors import UserError
 
