@@ -240,7 +240,8 @@ def weights_of_nan(place):
     state = torch.load(place / "trained.pth")
     state["conv1.weight"][0] = torch.nan
     torch.save(state, place / "nan.pth")
-    return [*on_demo(place), "--restore-from", "nan.pth"], ["holds NaN or infinite values, in conv1.weight first", "choose an older one"]
+    return [*on_demo(place), "--restore-from", "nan.pth"], [
+        "holds NaN or infinite values, in conv1.weight first", "choose an older one"]
 
 
 def label_without_image_size(place):
@@ -272,7 +273,8 @@ BAD = {
     "unreadable picture": spoil_picture,
     "label of another size": label_without_image_size,
     "a label missing": label_missing,
-    "no folder for the scores": lambda place: ([*on_demo(place), "--json", "no/where.json"], ["cannot write no/where.json: No such file or directory"]),
+    "no folder for the scores": lambda place: ([*on_demo(place), "--json", "no/where.json"],
+                                               ["cannot write no/where.json: No such file or directory"]),
 }
 
 
