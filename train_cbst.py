@@ -64,7 +64,7 @@ from lib.session import Passes, Session
 
 PASSES = ("score", "count", "refine", "label")  # of a round, over the validation set and then three times the target
 RELEASED_SIGMA = 70 / 6 / 1024  # of the spatial prior, in image heights: the paper's 70 x 70 kernel at 1024, cut at 3
-# --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
+# --demo: settings for a ResNet-18 from random weights on the rendered pair; flags given override them.
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_cbst/{seed}", arch="resnet18", input_size=(192, 96),
             input_size_target=(192, 96), crop_size=(192, 96), learning_rate=5e-4, power=0.9, num_rounds=4, epr=2,
             init_src_port=0.2, max_src_port=0.5, src_port_step=0.05, spatial_prior="build", prior_norm="class",
@@ -102,7 +102,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="LRENT: alpha of soft labels (0: hard labels)")
     method.add_argument("--collapse", type=flags.share, default=0.95,
                         help="share of pixels in one class that ends the run")
-    net = flags.add_network(p)
+    net = flags.add_network(p, trained=True)
     net.add_argument("--model", choices=list(MODELS), help="default: recognised by the checkpoint's keys")
     net.add_argument("--aspp", choices=["released", "full"],
                      help="rates summed: 6, 12 or all four (default: the checkpoint's, else full)")
@@ -129,11 +129,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt = flags.add_optimisation(p)
     opt.add_argument("--sgd", choices=["released", "once"], default="released",
                      help="released: the backbone's updates are repeated as in the release")
-    out = flags.add_run(p, aliases={"--snapshot-dir": "--save"})
+    out = flags.add_run(p, aliases={"--snapshot-dir": "--save"}, evaluations=False)
     out.add_argument("--save-color", action="store_true", help="also pseudo_labels_color: every label in colours")
     out.add_argument("--cache-mb", type=flags.natural, default=64,
                      help="memory for logits between the passes over the target")
-    p.set_defaults(snapshot_dir="snapshots/cbst", arch=None, batch_size=2, learning_rate=5e-5, power=0.0,
+    p.set_defaults(snapshot_dir="snapshots/cbst", batch_size=2, learning_rate=5e-5, power=0.0,
                    save_pred_every=500, save_num_images=4, random_seed=3)
     args = flags.parse(p, argv, DEMO)
     if not args.restore_from and not args.demo and not args.check_data:

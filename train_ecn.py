@@ -56,7 +56,7 @@ from lib.runtime import as_float32
 from lib.session import Session
 
 SCORING = ("evaluate", "output_feature", "mirrored", "lmp", "dist_metric", "rerank", "bn_stats")  # flags of the scores
-# Settings of the methods; any flag given besides wins. lr_trunk is the rate of the pretrained layers.
+# Settings of the methods; flags given override them. lr_trunk is the rate of the pretrained layers.
 METHODS = {"ecn": dict(features=4096, epochs=60, bn="ecn"), "ide": dict(features=1024, epochs=50, bn="train"),
            "camstyle": dict(features=1024, epochs=50, bn="train", camstyle=46)}
 PRESETS = {

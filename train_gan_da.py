@@ -54,7 +54,7 @@ SOURCE_REAL, SOURCE_FAKE, TARGET_REAL, TARGET_FAKE = range(4)  # D's domain clas
 # of every term, with weights that let L1 shape G and D reach F within a short training from random weights (not tuned);
 # the published ratios would be (1 / number of D's patches, 0.1 / 64, 0.1 / 64).
 WEIGHTS = {"sum": (1.0, 0.1, 0.1), "mean": (10.0, 0.1, 0.1)}
-# --demo: settings for a narrow FCN-8s from random weights on the rendered pair; any flag given besides wins.
+# --demo: settings for a narrow FCN-8s from random weights on the rendered pair; flags given override them.
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_gan/{seed}", width=0.125, padding="same",
             input_size=(96, 48), input_size_target=(96, 48), reduction="mean", batch_size=4, num_steps=1200,
             learning_rate=1e-3, lr_g=1e-3, lr_d=3e-4, lr_epochs=15, adv_weight=0.03, random_mirror=True,
@@ -601,7 +601,7 @@ def train(args: argparse.Namespace) -> Session:
                           apply=apply, order=args.order, low_memory=args.low_memory, scale=scaler.scale)
             scaler.update()
             session.end_step(losses, names, lr=lr)
-            if session.validates_now() and gen is not None and run.is_main and args.save_num_images:
+            if session.is_due(args.eval_every) and gen is not None and run.is_main and args.save_num_images:
                 reconstructions(nets, data, (size_s, size_t), pixels, args.save_num_images,
                                 folder / "reconstructions" / f"{i + 1}.png")
     return session

@@ -74,19 +74,28 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[
                           for key, value in demo.items()})
     args = p.parse_args(argv)
     args.overwrite = args.overwrite or (args.demo and args.resume in (None, False))
-    args.eval_every = args.eval_every or args.save_pred_every
+    if "eval_every" in args:
+        args.eval_every = args.eval_every or args.save_pred_every
     return args
 
 
-def add_network(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_network(p: argparse.ArgumentParser, trained: bool = False) -> argparse._ArgumentGroup:
+    """trained: --restore-from names a trained network, whose architecture and pixel convention it tells."""
     from lib.datasets.transforms import PIXELS  # here, since compute_iou.py takes its types from this file
     from lib.models.deeplab import ARCHITECTURES  # and starts without torch
 
     group = p.add_argument_group("network")
-    group.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101", help="backbone of DeepLab")
-    group.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
-    group.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
-    group.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
+    if trained:
+        group.add_argument("--restore-from", metavar="FILE", help="a source-trained network, in any dialect")
+        group.add_argument("--arch", choices=list(ARCHITECTURES), help="default: recognised by the checkpoint's keys")
+        group.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else imagenet")
+    else:
+        group.add_argument("--restore-from", metavar="FILE|imagenet",
+                           help="initial weights in any dialect; none: random")
+        group.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
+        group.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101", help="backbone of DeepLab")
+        group.add_argument("--pixels", choices=list(PIXELS),
+                           help="pixel convention (default: the weights', else caffe)")
     group.add_argument("--num-classes", type=count, help="how many of the target's classes (default: all shared)")
     return group
 
@@ -148,8 +157,10 @@ def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None,
-            resume_file: bool = False) -> argparse._ArgumentGroup:
-    """aliases: second names for flags, from a release. resume_file: --resume may name a file."""
+            resume_file: bool = False, evaluations: bool = True) -> argparse._ArgumentGroup:
+    """aliases: second names for flags, from a release. resume_file: --resume may name a file. evaluations: the run is
+    scored every --eval-every iterations.
+    """
     group = p.add_argument_group("run")
     names = {flag: [flag, *([aliases[flag]] if aliases and flag in aliases else [])]
              for flag in ("--snapshot-dir", "--eval-every")}
@@ -162,8 +173,9 @@ def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None
         group.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in the snapshot folder")
     group.add_argument("--save-pred-every", type=count, default=5000, help="iterations between snapshots")
-    group.add_argument(*names["--eval-every"], type=count,
-                       help="iterations between evaluations (default: as snapshots)")
+    if evaluations:
+        group.add_argument(*names["--eval-every"], type=count,
+                           help="iterations between evaluations (default: as snapshots)")
     group.add_argument("--save-num-images", type=natural, default=2, help="pictures at each evaluation")
     group.add_argument("--log-every", type=count, default=10, help="iterations between log lines")
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
