@@ -19,7 +19,7 @@ WORST = 10  # images listed
 
 
 def gradient_correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation of the gradient maps (Sobel, of the grey values) of two images [3, H, W]: of their edges."""
+    """Pearson's correlation of the gradient maps (Sobel, of the grey values) of two images [3, H, W]."""
     sobel = x.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
     kernels = torch.stack([sobel, sobel.T])[:, None]
     grey = torch.stack([x, y]).mean(dim=1, keepdim=True)

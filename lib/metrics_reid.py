@@ -134,6 +134,21 @@ def reranked(features: Tensor, queries: int, *, k1: int = 20, k2: int = 6, lambd
         yield at, d.mul_(lambda_).add_(torch.from_numpy(jaccard).to(d.device), alpha=1 - lambda_)
 
 
+def reranked_scores(features: Tensor, queries: int, matches: Lists, left_out: Lists, *, show: int = 0, k: int = 10,
+                    ties: str = "group", unmatched: str = "skip", **settings) -> tuple[Scores, Tensor]:
+    """(scores after re-ranking, the k nearest of the first ``show`` queries [show, k]); **settings as ``reranked``."""
+    parts, nearest = [], [torch.empty(0, k, dtype=torch.int64)]
+    for at, distance in reranked(features, queries, **settings):
+        left = left_out.of(at)
+        parts.append(ops.row_rank_counts(distance, matches.of(at), left))
+        if at.start < show:
+            row = torch.arange(len(distance)).repeat_interleave(left.start.diff())
+            distance[row, left.item] = torch.inf
+            nearest.append(distance.argsort(1, stable=True)[:, :k].cpu())
+    ranks = Ranks(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    return scores(matches, ranks, ties=ties, unmatched=unmatched), torch.cat(nearest)[:show]
+
+
 def _weights(features: Tensor, near: np.ndarray, d: np.ndarray, largest: np.ndarray, k1: int,
              power: int) -> scipy.sparse.csr_array:
     """V of steps (2) to (4): sparse [total, total]. near, d: [total, k1 + 1], the nearest and their d."""

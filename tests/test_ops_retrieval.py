@@ -1,4 +1,4 @@
-"""Ranks and nearest lists: exact whatever the tiles, threads and ties, against all distances in the documented order."""
+"""Ranks and nearest lists: exact whatever the tiles, threads and ties, as if all distances had been compared."""
 import numpy as np
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lib.ops import retrieval
 from lib.ops.build import kernels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-SIZES = [(1, 1, 1), (15, 90, 3), (40, 1300, 33), (530, 700, 300), (7, 600, 2048)]
+SIZES = [(1, 1, 1), (530, 20, 3), (9, 1100, 33), (7, 70, 530)]  # each with an edge of the tiles: 512 x 512 x 256
 KINDS = ["random", "clustered", "duplicates", "ties", "ranges", "tiny"]
 
 
@@ -78,16 +78,16 @@ def test_all_alike(backend):
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicates", "ties"])
 def test_threads_do_not_matter(compiled, kind):
-    x, y = vectors(kind, 600, 300, 1), vectors(kind, 1500, 300, 2)
-    listed, left_out = some_lists(600, 1500)
+    x, y = vectors(kind, 530, 40, 1), vectors(kind, 600, 40, 2)
+    listed, left_out = some_lists(530, 600)
     ops.use("reference")
-    expected = [*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x, y, 21)]
+    expected = [*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x[:100], y, 21)]
     ops.use("compiled")
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            for got, want in zip([*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x, y, 21)], expected,
+            for got, want in zip([*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x[:100], y, 21)], expected,
                                  strict=True):
                 assert torch.equal(got, want)
     finally:

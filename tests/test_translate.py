@@ -106,7 +106,7 @@ def test_styles(photos, files, tmp_path):
 
 
 def test_resume(photos, files, tmp_path, monkeypatch):
-    """Killed between two pictures: the rest is made, with the same styles; another call does not mix into the folder."""
+    """Killed between two pictures: the rest is made, with the same styles; another call does not mix in."""
     argv = ["--checkpoint", str(files / "munit.pt"), "--images", str(photos), "--cpu", "--out"]
     script.main([*argv, str(tmp_path / "whole")])
     original, made = script.translate_file, []
@@ -243,9 +243,9 @@ def segmenter(tmp_path):
 
 def test_judge(files, segmenter, tmp_path, capsys):
     pair = render(tmp_path / "pair")
-    script.main(["--checkpoint", str(files / "latest_net_G_A.pth"), "--source", "gta5", "--data-dir", str(pair / "gta5"),
-                 "--out", str(tmp_path / "out"), "--cpu", "--judge", str(segmenter), "--target", "demo",
-                 "--data-dir-target", str(pair / "cityscapes")])
+    script.main(["--checkpoint", str(files / "latest_net_G_A.pth"), "--source", "gta5", "--data-dir",
+                 str(pair / "gta5"), "--out", str(tmp_path / "out"), "--cpu", "--judge", str(segmenter),
+                 "--target", "demo", "--data-dir-target", str(pair / "cityscapes")])
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "out/judge.json").read_text())
     assert "f(G(x)) : y" in said and "least agreement" in said and "correlation of gradient maps" in said

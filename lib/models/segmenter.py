@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from lib import checkpoint
 from lib.datasets.transforms import PIXELS
 from lib.errors import UserError
-from lib.models.deeplab import build, logits_of, upsample
-from lib.models.fcn8s import FCN8s
+from lib.models.deeplab import logits_of, upsample
 from lib.runtime import as_float32
 
 
@@ -56,19 +55,10 @@ class FrozenSegmenter(nn.Module):
 
 def load_segmenter(path: str | Path) -> FrozenSegmenter:
     """The network of a checkpoint that a segmentation trainer wrote. Raises UserError."""
-    weights, meta = checkpoint.read_weights(path)
-    known = {"aspp": "released", "pixels": "caffe", "stride_on": "1x1", "align_corners": True,
-             **checkpoint.recognise(weights), **meta}
-    if "classes" not in known or "task" not in known:
+    net, known, _ = checkpoint.open_network(path)
+    if "classes" not in known:
         raise UserError(f"{path} does not say which classes it tells apart: give a checkpoint that one of these "
                         "scripts wrote")
-    if known["model"] == "FCN8s":
-        net = FCN8s(known["num_classes"], known.get("width", 1.0), known.get("padding", "released"))
-    else:
-        net = build(known["model"], known["num_classes"], known["arch"], known["aspp"], known["stride_on"])
-    report = checkpoint.load_into(net, weights, source=str(path))
-    if report.missing or report.mismatched:
-        raise UserError(f"{path} does not fill its network: {report}")
     return FrozenSegmenter(net, known["pixels"], tuple(known["classes"]), known["task"], known["align_corners"],
                            tuple(known["size"]) if "size" in known else None)
 
