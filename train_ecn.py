@@ -69,7 +69,8 @@ PRESETS = {
 }
 # --demo: a ResNet-18 from random weights on the rendered pair
 DEMO = dict(source="plaza", target="campus", data_dir="data/demo/persons/{seed}", snapshot_dir="logs/demo/{seed}",
-            arch="resnet18", features=256, restore_from="none", num_workers=0, batch_size=32)
+            arch="resnet18", features=256, restore_from="none", height=64, width=32, num_workers=0, batch_size=32,
+            learning_rate=0.05, lr_trunk=0.05, epochs=30, epochs_decay=20, bn="train")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -142,6 +143,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = flags.parse(p, argv, DEMO)
     args.snapshot_dir = args.snapshot_dir or f"logs/{args.method}"
     args.lr_trunk = 0.1 * args.learning_rate if args.lr_trunk is None else args.lr_trunk
+    if args.method == "ecn" and args.epochs and args.inv_alpha * (args.epochs - 1) > 1:
+        p.error(f"--inv-alpha {args.inv_alpha}: alpha of Eq. 2 is that times the epoch and must stay below 1, in "
+                f"{args.epochs} epochs too")
     if args.method == "camstyle" and not args.camstyle:
         p.error("--method camstyle needs style images in a step: --camstyle 46")
     return args
@@ -267,7 +271,7 @@ def open_data(args: argparse.Namespace, run: runtime.Run) -> tuple[PersonSet, Pe
     source = open_persons(args.data_dir, args.source, ["train"], msmt_val=args.msmt_val)
     target = open_persons(args.data_dir, args.target, target_parts, msmt_val=args.msmt_val)
     for data in (source, target):
-        check(data, fully=args.check_data)
+        check(data, check_all=args.check_data)
         if args.check_data:
             run.say("\n".join([f"{data.name}: {data.root}", *(f"  {line}" for line in describe(data))]))
     if "duke" in (source.name.lower(), target.name.lower()):
@@ -285,7 +289,9 @@ def initialise(net: IDNet | SPGANNet, weights: dict[str, Tensor] | None, source:
 
 def validation_of(args: argparse.Namespace, target: PersonSet, pixels: str, run: runtime.Run) -> PersonValidation:
     return PersonValidation(target, TestTransform((args.height, args.width), pixels), run, bn_stats=args.bn_stats,
-                            workers=args.num_workers, output=args.output_feature, mirrored=args.mirrored, lmp=args.lmp)
+                            rerank=args.rerank, panels=Path(args.snapshot_dir) / "ranks",
+                            max_panels=args.save_num_images, workers=args.num_workers, output=args.output_feature,
+                            mirrored=args.mirrored, lmp=args.lmp)
 
 
 def save_checkpoint(path: Path, modules: dict[str, nn.Module], meta: dict[str, object], epoch: int) -> None:
@@ -405,31 +411,22 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-# of --demo: what is changed from the defaults, run by run. All but the first start from the first one's weights, which
-# stand in for ImageNet's.
-DEMO_RUNS = {
-    "source only": {"method": "ide", "bn": "train"},
-    "source only, trained on": {"method": "ide", "bn": "train"},
-    "CamStyle": {"method": "camstyle", "bn": "train", "camstyle": 11},
-    "ECN: exemplar": {"method": "ecn", "no_camstyle": True, "knn": 0},
-    "ECN: + camera": {"method": "ecn", "knn": 0},
-    "ECN: + neighbourhood": {"method": "ecn"},
-}
+# --demo, run by run: what is changed from its defaults
+DEMO_RUNS = {"source only": {"method": "ide"}, "CamStyle": {"method": "camstyle", "camstyle": 11},
+             "ECN: exemplar": {"no_camstyle": True, "knn": 0}, "ECN: + camera": {"knn": 0}, "ECN: + neighbourhood": {}}
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Train every method on the rendered pair, print their scores side by side, draw rank panels."""
-    rows, first = {}, None
+    """Train every method on the rendered pair from the same random weights and print their scores side by side."""
+    rows = {}
     for name, changes in DEMO_RUNS.items():
         print(f"--- {name}")
-        folder = Path(args.snapshot_dir) / re.sub(r"\W+", "_", name)
-        session = train(argparse.Namespace(**{**vars(args), **changes, "snapshot_dir": str(folder),
-                                              "restore_from": first or "none"}))
+        folder = f"{args.snapshot_dir}/{re.sub(r'[^a-z]+', '_', name.lower())}"
+        session = train(argparse.Namespace(**{**vars(args), **changes, "snapshot_dir": folder}))
         if session.exit_code:
             return session.exit_code
         rows[name] = session.validation.scores
-        if first is None:
-            first = str(folder / "checkpoint.pth.tar")
+        if name == "source only":
             session.validation.bn_stats = "target"
             rows["source only, target BN"] = session.validation.score(session.net)
     width = max(map(len, rows))

@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from lib import ops
+from lib import ops, visual
 from lib.datasets.folder import outlive_stop
 from lib.datasets.persons import Person, PersonImages, PersonSet, TestTransform
-from lib.metrics_reid import match_lists, scores
+from lib.datasets.pictures import read_image, spread
+from lib.metrics_reid import match_lists, reranked, scores
 from lib.models.reid import IDNet, SPGANNet, retrieval_features
 from lib.runtime import Run
 from lib.session import Log
@@ -71,25 +74,62 @@ def names_of(people: Sequence[Person]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([getattr(p, key) for p in people], np.int64) for key in ("identity", "camera"))
 
 
-def scores_of(features_q: Tensor, features_g: Tensor, data: PersonSet) -> dict[str, float]:
-    """CMC at 1, 5, 10 and 20 and both mAPs in per cent, and how many queries have no match and are left out."""
+def scores_of(query: Tensor, gallery: Tensor, data: PersonSet, rerank: bool = False) -> dict[str, float]:
+    """CMC at 1, 5, 10 and 20 and both mAPs in per cent, and how many queries have no match and are left out.
+
+    query [Q, D], gallery [N, D]: features of the images of ``data`` in order. rerank: by k-reciprocal re-ranking.
+    """
     matches, own = match_lists(*names_of(data.query), *names_of(data.gallery))
-    found = scores(matches, ops.rank_counts(features_q, features_g, matches, own), max_rank=max(RANKS))
+    if rerank:
+        parts = [ops.row_rank_counts(d, matches.of(at), own.of(at))
+                 for at, d in reranked(torch.cat([query, gallery]).cpu(), len(query))]
+        ranks = ops.Ranks(*map(torch.cat, zip(*parts, strict=True)))
+    else:
+        ranks = ops.rank_counts(query, gallery, matches, own)
+    found = scores(matches, ranks, max_rank=max(RANKS))
     return {**{f"R{k}": 100 * float(found.cmc[k - 1]) for k in RANKS}, "mAP": 100 * found.mean_ap("trapezoid"),
             "mAP_precision": 100 * found.mean_ap("precision"), "unmatched": len(found.unmatched)}
+
+
+RIGHT, WRONG, NEITHER = (30, 150, 60), (200, 40, 40), (60, 60, 60)  # frames of rank_panel
+
+
+def rank_panel(query: Tensor, gallery: Tensor, data: PersonSet, count: int, nearest: int = 10) -> Image.Image:
+    """``count`` queries, spread over the set, each followed by its ``nearest`` gallery images.
+
+    query, gallery: as for scores_of. A green frame is the same person, a red one another; images of the same person by
+    the query's own camera are left out, as in the scores.
+    """
+    rows, nearest = spread(len(query), count), min(nearest, len(gallery))
+    _, own = match_lists(*names_of([data.query[i] for i in rows]), *names_of(data.gallery))
+    found = ops.topk_pairs(query[rows], gallery, nearest, own)[0].tolist()
+
+    def framed(person: Person, colour: tuple[int, int, int]) -> Image.Image:
+        return ImageOps.expand(read_image(person.path).resize((64, 128), Image.Resampling.BICUBIC), 4, colour)
+
+    def cells(i: int, near: Sequence[int]) -> Iterator[Image.Image]:
+        yield framed(data.query[i], NEITHER)
+        for j in near:  # -1 where nothing is left
+            right = data.gallery[j].identity == data.query[i].identity
+            yield framed(data.gallery[j], RIGHT if right else WRONG) if j >= 0 else Image.new("RGB", (72, 136), "white")
+
+    return visual.panel([list(cells(i, near)) for i, near in zip(rows, found, strict=True)],
+                        ["query", *map(str, range(1, nearest + 1))])
 
 
 class PersonValidation:
     """Scores a network on the queries and gallery of ``data`` during training, for lib.session.Session.
 
     No best is kept: choosing a snapshot by these scores would need the target's labels. bn_stats "target": BN
-    statistics are re-estimated on the target's training images first. features: arguments of ``extract``.
+    statistics are re-estimated on the target's training images first. rerank: a second line of scores, after
+    re-ranking. panels: folder for ``max_panels`` rank lists at each evaluation. features: arguments of ``extract``.
     """
 
     def __init__(self, data: PersonSet, transform: TestTransform, run: Run, *, bn_stats: str = "running",
-                 workers: int = 0, **features):
+                 rerank: bool = False, panels: Path | None = None, max_panels: int = 0, workers: int = 0, **features):
         self.data, self.transform, self.run, self.bn_stats = data, transform, run, bn_stats
-        self.workers, self.features = workers, features
+        self.panels, self.max_panels = panels, max_panels
+        self.rerank, self.workers, self.features = rerank, workers, features
         self.iteration: int | None = None   # of the last call
         self.scores: dict[str, float] = {}
 
@@ -100,26 +140,36 @@ class PersonValidation:
         self.iteration, self.scores = state["iteration"], dict(state["scores"])
 
     def __call__(self, net: IDNet | SPGANNet, iteration: int, meta: Mapping[str, object], log: Log) -> None:
-        self.score(net)
+        self.score(net, f"{iteration}.png")
         self.iteration = iteration
         log.scores(iteration, self.scores)
-        self.run.say(f"iteration {iteration}: " + self.line())
+        self.run.say(f"iteration {iteration}, {self.lines()}")
 
-    def score(self, net: IDNet | SPGANNet) -> dict[str, float]:
-        """The scores of ``net``, which is left as it is."""
+    def score(self, net: IDNet | SPGANNet, panel: str = "ranks.png") -> dict[str, float]:
+        """The scores of ``net``, which is left as it is. panel: file name of the rank lists."""
         if self.bn_stats == "target":
             net = reestimate_bn(net, self.data.train, self.transform, self.run, workers=self.workers)
         query, gallery = (extract(net, people, self.transform, self.run, workers=self.workers, **self.features)
                           for people in (self.data.query, self.data.gallery))
         self.scores = scores_of(query, gallery, self.data)
+        if self.panels is not None and self.max_panels and self.run.is_main:
+            visual.save(rank_panel(query, gallery, self.data, self.max_panels), self.panels / panel)
+        if self.rerank:
+            again = scores_of(query, gallery, self.data, rerank=True)
+            self.scores |= {f"reranked_{key}": value for key, value in again.items() if key != "unmatched"}
         return self.scores
 
-    def line(self) -> str:
-        s = self.scores
-        left_out = f"; {s['unmatched']} queries without a match left out" if s["unmatched"] else ""
-        return ("target " + ", ".join(f"R{k} {s[f'R{k}']:.1f}" for k in RANKS) + f", mAP {s['mAP']:.1f} (trapezoidal; "
-                f"mean of precisions {s['mAP_precision']:.1f}){left_out}")
+    def lines(self) -> str:
+        def line(title: str, s: Mapping[str, float]) -> str:
+            return (f"{title}: " + ", ".join(f"R{k} {s[f'R{k}']:.1f}" for k in RANKS) + f", mAP {s['mAP']:.1f} "
+                    f"(trapezoidal; mean of precisions {s['mAP_precision']:.1f})")
+
+        text = line("target", self.scores)
+        if self.scores["unmatched"]:
+            text += f"; {self.scores['unmatched']} queries without a match left out"
+        again = {k.removeprefix("reranked_"): v for k, v in self.scores.items() if k.startswith("reranked_")}
+        return text + ("\n" + line("re-ranked", again) if again else "")
 
     def report(self) -> None:
         """Print the scores of the last evaluation."""
-        self.run.say(self.line())
+        self.run.say(self.lines())

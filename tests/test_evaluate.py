@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lib.models.discriminator import FCDiscriminator
 from PIL import Image
 from scripts import execute, message, render
 

@@ -83,7 +83,7 @@ def test_msmt17_as_it_is_shipped(tmp_path, folders):
     assert [(p.identity, p.camera) for p in data.train] == [(0, 0), (1, 14), (1, 1)]
     assert [(p.identity, p.camera) for p in (*data.query, *data.gallery)] == [(1, 4), (1, 5)]
     assert len(open_persons(tmp_path, "msmt17", msmt_val=False).train) == 2
-    persons.check(data, fully=True)
+    persons.check(data, check_all=True)
     (root / "list_query.txt").write_text("0000/0000_000_05_x.jpg\n")
     with pytest.raises(UserError, match=r"list_query.txt, line 1: expected '0000/0000_000_01"):
         open_persons(tmp_path, "msmt17")
@@ -118,7 +118,7 @@ def test_two_names_for_one_file(market):
 
 
 def test_files_that_cannot_be_used(market):
-    persons.check(open_persons(market.parent, "market"), fully=True)
+    persons.check(open_persons(market.parent, "market"), check_all=True)
     (market / "query/0001_c1s1_000001_00.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"1 problems:\n.*0001_c1s1_000001_00.jpg"):
         persons.check(open_persons(market.parent, "market"))
@@ -131,7 +131,7 @@ def test_one_picture_under_two_identities(market):
     data = open_persons(market.parent, "market")
     persons.check(data)
     with pytest.raises(UserError, match=r"1 problems:\n.*0099_c1s1_0.jpg are the same picture under two identities"):
-        persons.check(data, fully=True)
+        persons.check(data, check_all=True)
 
 
 # --- camera styles ----------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_rendered_pair(tmp_path):
         assert (len(data.gallery), sum(p.identity == 0 for p in data.gallery), data.junk["gallery"]) == (9, 3, 3)
         assert not {p.identity for p in data.query} & set(data.identities)
         assert {(p.identity, p.camera) for p in data.query} <= {(p.identity, p.camera) for p in data.gallery}
-        persons.check(data, fully=True)
+        persons.check(data, check_all=True)
     assert CameraStyles(open_persons(root, "campus", ["train"])).cameras == [0, 1]
     assert len(persons.style_images(open_persons(root, "plaza", ["train"]))) == 24
     with Image.open(data.train[0].path) as image:

@@ -233,7 +233,7 @@ class Same(torch.nn.Module):
 
 def gradients(net, label, on_target, mr_weight_kld: float) -> dict[str, torch.Tensor]:
     """One pass of the script: gradients into the network; the losses."""
-    return script.self_training_backward(net, torch.zeros(len(label), 3, *label.shape[-2:]), label, on_target,
+    return script.step(net, torch.zeros(len(label), 3, *label.shape[-2:]), label, on_target,
                                          mr_weight_kld=mr_weight_kld, run=Run(torch.device("cpu"), 0, 1, "off"))
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted import TinyNet
-from lib.models.discriminator import FCDiscriminator
 from PIL import Image
 from scripts import (
     ENVIRONMENT,
@@ -32,6 +31,7 @@ from lib.datasets.folder import open_pair
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.runtime import Run
+from train_adaptsegnet import FCDiscriminator
 
 SCRIPT = "train_adaptsegnet.py"
 

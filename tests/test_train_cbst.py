@@ -33,10 +33,11 @@ from lib import checkpoint, ops
 from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
 from lib.datasets.labels import read_indices, written_values
-from lib.datasets.transforms import random_crop
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.fcn8s import FCN8s
+from lib.ops.pseudo_label import _probabilities
+from train_cbst import random_crop
 
 SCRIPT = "train_cbst.py"
 CLASSES = list(load_description("demo").classes)
@@ -259,12 +260,12 @@ def test_probabilities_at_some_pixels_are_those_of_the_operators():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 19, 9, 13, generator=generator)
     prior = torch.rand(19, 40, 64, generator=generator)
-    expected = ops._probabilities(logits[0], logits[1], prior, (40, 64), True, False)
+    expected = _probabilities(logits[0], logits[1], prior, (40, 64), True, False)
     rows, cols = np.array([0, 7, 8, 39]), np.arange(64)[::-3]
     ours = script.probabilities_at(logits, (40, 64), rows, cols, prior)
     torch.testing.assert_close(ours, expected[:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
     once = script.probabilities_at(logits[:1], (40, 64), rows, cols)
-    torch.testing.assert_close(once, ops._probabilities(logits[0], None, None, (40, 64), True, False)
+    torch.testing.assert_close(once, _probabilities(logits[0], None, None, (40, 64), True, False)
                                [:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
 
 
@@ -442,7 +443,7 @@ def test_the_demo(place, tmp_path, in_process, monkeypatch, capsys):
 
 def test_fp16_scales_its_losses(place, folder, in_process, monkeypatch):
     factors = []
-    original = script.self_training_backward
+    original = script.step
 
     def backward(*arguments, scale, **named):
         factors.append(scale(torch.ones(())).item())

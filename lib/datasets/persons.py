@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.datasets.description import read_image
+from lib.datasets.pictures import read_image, spread
 from lib.datasets.transforms import to_tensor
 from lib.errors import UserError
 
@@ -383,22 +383,20 @@ def _one_camera(train: Sequence[Person], what: str) -> list[str]:
     return [f"note: {alone} of {len(cameras)} {what} identities are seen by one camera only"] if alone else []
 
 
-def check(persons: PersonSet, fully: bool = False, most: int = 50) -> None:
+def check(persons: PersonSet, check_all: bool = False, sample: int = 50) -> None:
     """Raises UserError that lists files that cannot be used.
 
-    Looked at are ``most`` files spread over each part, or with ``fully`` (--check-data) all, and then the same picture
-    under two identities counts too.
+    Looked at are ``sample`` files spread over each part, or all with ``check_all`` (--check-data), and then the same
+    picture under two identities counts too.
     """
     problems = []
     for part in (persons.train, persons.query, persons.gallery):
-        count = len(part) if fully else min(most, len(part))
-        chosen = np.unique(np.linspace(0, len(part) - 1, count).astype(int))
-        for n in chosen:
+        for n in range(len(part)) if check_all else spread(len(part), sample):
             try:
                 read_image(part[n].path)
             except UserError as error:
                 problems.append(str(error))
-    if fully and not problems:
+    if check_all and not problems:
         problems = list(_same_pictures(persons.train))
     if problems:
         more = ["..."] if len(problems) > LISTED else []

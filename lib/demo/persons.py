@@ -8,7 +8,6 @@ balance, sharpness, direction of view and background to the camera; palettes, sc
 to the domain. Training and test people are disjoint.
 """
 import argparse
-import colorsys
 import json
 import shutil
 import sys
@@ -25,6 +24,7 @@ from lib.errors import UserError
 
 VERSION = 1  # raise it when the pictures change: demos rendered before are then rendered again
 WIDTH, HEIGHT, SCALE = 64, 128, 3  # drawn at three times the size
+SCENE = 12                          # width of what a camera overlooks, in pictures
 Colour = tuple[float, float, float]  # red, green, blue in 0..1
 
 
@@ -35,7 +35,7 @@ class Look:
     tops: Sequence[Colour]
     trousers: Sequence[Colour]
     ground: Sequence[Colour]            # of the backgrounds
-    clutter: int                        # shapes behind the person
+    clutter: int                        # things behind a person
     figure: tuple[float, float]         # height of a person as a share of the picture
     gain: float                         # spread of the cameras' exposures, in stops
     balance: float                      # spread of their white balances
@@ -67,16 +67,8 @@ class Camera:
     gamma: float
     blur: float
     heading: float                      # of most people in front of it, radians: 0 is towards the camera
-    ground: Colour
-    wall: Colour
-    clutter: Sequence[tuple[float, float, float, float, Colour]]
+    scene: Image.Image                  # several pictures wide: people walk through it
     vignette: float
-
-
-def _palette(rng: np.random.Generator, count: int, saturation: tuple[float, float],
-             value: tuple[float, float]) -> list[Colour]:
-    turns = (np.arange(count) / count + rng.uniform(0, 1)) % 1
-    return [colorsys.hsv_to_rgb(h, rng.uniform(*saturation), rng.uniform(*value)) for h in turns]
 
 
 GREYS = [(.08, .08, .09), (.25, .25, .27), (.5, .5, .5), (.8, .8, .8), (.93, .92, .90)]
@@ -85,13 +77,13 @@ SKIN = [(.95, .80, .70), (.87, .67, .53), (.68, .47, .34), (.45, .30, .21)]
 DENIM = [(.13, .18, .33), (.25, .34, .52), (.42, .50, .63)]
 SOURCE = Look(tops=[(.80, .16, .14), (.16, .30, .66), (.14, .48, .26), (.88, .74, .20), (.52, .22, .56), *GREYS],
               trousers=[*DENIM, *GREYS[:3], (.50, .42, .30)],
-              ground=[(.62, .60, .56), (.70, .66, .58), (.56, .58, .60)], clutter=3, figure=(.80, .92), gain=.25,
-              balance=.05, blur=(.0, .5), noise=.010)
+              ground=[(.62, .60, .56), (.70, .66, .58), (.56, .58, .60)], clutter=3, figure=(.80, .92), gain=.15,
+              balance=.04, blur=(.0, .5), noise=.010)
 TARGET = Look(tops=[(.66, .24, .20), (.20, .44, .58), (.40, .52, .20), (.80, .52, .22), (.70, .44, .56),
                     (.30, .24, .48), *GREYS],
               trousers=[*DENIM, *GREYS[:3], (.36, .30, .24), (.52, .50, .40)],
-              ground=[(.38, .46, .30), (.46, .42, .36), (.34, .36, .40), (.56, .50, .44)], clutter=9,
-              figure=(.68, .86), gain=.75, balance=.22, blur=(.3, 1.3), noise=.022)
+              ground=[(.38, .46, .30), (.46, .42, .36), (.34, .36, .40), (.56, .50, .44)], clutter=5,
+              figure=(.72, .88), gain=.85, balance=.34, blur=(.3, 1.3), noise=.022)
 
 
 def draw_identity(look: Look, rng: np.random.Generator, top: Colour | None = None) -> Identity:
@@ -112,26 +104,40 @@ def draw_camera(look: Look, rng: np.random.Generator, number: int, count: int) -
     place = (number + rng.uniform(.2, .8)) / count * 2 - 1                    # -1 .. 1
     other = ((number * 2 + 1) % count + rng.uniform(.2, .8)) / count * 2 - 1
     balance = np.array([1 + look.balance * place, 1 + look.balance * rng.uniform(-.25, .25), 1 - look.balance * place])
-    clutter = [(*rng.uniform(0, 1, 2), *rng.uniform(.08, .4, 2),
-                tuple((np.asarray(look.ground[rng.integers(len(look.ground))]) * rng.uniform(.5, 1.4)).clip(0, 1)))
-               for _ in range(look.clutter)]
-    ground, wall = (tuple((np.asarray(look.ground[rng.integers(len(look.ground))]) * rng.uniform(.8, 1.2)).clip(0, 1))
-                    for _ in range(2))
-    return Camera(balance * 2 ** (look.gain * other), float(rng.uniform(.85, 1.2)), float(rng.uniform(*look.blur)),
-                  number * 2 * np.pi / count + rng.uniform(-.3, .3), ground, wall, clutter, float(rng.uniform(0, .25)))
+    return Camera(balance * 2 ** (look.gain * other), float(rng.uniform(.9, 1.1)), float(rng.uniform(*look.blur)),
+                  number * 2 * np.pi / count + rng.uniform(-.3, .3), _scene(look, rng), float(rng.uniform(0, .25)))
+
+
+def _scene(look: Look, rng: np.random.Generator) -> Image.Image:
+    """Walls, ground and clutter, SCENE pictures wide."""
+    w, h = WIDTH * SCALE, HEIGHT * SCALE
+    scene = Image.new("RGB", (SCENE * w, h))
+    d = ImageDraw.Draw(scene)
+
+    def colour(spread: float) -> tuple[int, int, int]:
+        base = np.asarray(look.ground[rng.integers(len(look.ground))])
+        return _rgb((base * rng.uniform(1 - spread, 1 + spread)).clip(0, 1))
+
+    horizon = h * rng.uniform(.42, .55)
+    for top, bottom in ((0, horizon), (horizon, h)):
+        x = 0.0
+        while x < scene.width:
+            step = w * rng.uniform(.4, 1.6)
+            d.rectangle((x, top, x + step, bottom), fill=colour(.35))
+            x += step
+    for _ in range(look.clutter * SCENE):
+        x, y = rng.uniform(0, scene.width), rng.uniform(0, .8) * h
+        a, b = rng.uniform(.08, .4, 2) * (w, h) / 2
+        d.rectangle((x - a, y - b, x + a, y + b), fill=colour(.5))
+    return scene
 
 
 def render(who: Identity, camera: Camera, look: Look, rng: np.random.Generator, aside: float = 0.0) -> Image.Image:
     """One detection of 64 x 128 pixels; ``aside`` moves the person out of it by that share of the width (junk)."""
     w, h = WIDTH * SCALE, HEIGHT * SCALE
-    picture = Image.new("RGB", (w, h), _rgb(camera.wall))
+    left = int(rng.integers(0, (SCENE - 1) * w))
+    picture = camera.scene.crop((left, 0, left + w, h))
     d = ImageDraw.Draw(picture)
-    shift = rng.uniform(-.15, .15, 2)
-    horizon = h * (.45 + .1 * shift[1])
-    d.rectangle((0, horizon, w, h), fill=_rgb(camera.ground))
-    for x, y, a, b, colour in camera.clutter:
-        x, y = (x + shift[0]) * w, (y * .8 + .3 * shift[1]) * h
-        d.rectangle((x - a * w / 2, y - b * h / 2, x + a * w / 2, y + b * h / 2), fill=_rgb(colour))
 
     size = h * rng.uniform(*look.figure) * who.height
     foot = h * .5 + size / 2 + h * rng.uniform(-.03, .03)
