@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -16,7 +16,7 @@ from lib import ops, visual
 from lib.datasets.folder import outlive_stop
 from lib.datasets.persons import Person, PersonImages, PersonSet, TestTransform
 from lib.datasets.pictures import read_image, spread
-from lib.metrics_reid import match_lists, reranked, scores
+from lib.metrics_reid import Scores, match_lists, reranked_scores, scores
 from lib.models.reid import IDNet, SPGANNet, retrieval_features
 from lib.runtime import Run
 from lib.session import Log
@@ -81,39 +81,48 @@ def scores_of(query: Tensor, gallery: Tensor, data: PersonSet, rerank: bool = Fa
     """
     matches, own = match_lists(*names_of(data.query), *names_of(data.gallery))
     if rerank:
-        parts = [ops.row_rank_counts(d, matches.of(at), own.of(at))
-                 for at, d in reranked(torch.cat([query, gallery]).cpu(), len(query))]
-        ranks = ops.Ranks(*map(torch.cat, zip(*parts, strict=True)))
+        found = reranked_scores(torch.cat([query, gallery]).cpu(), len(query), matches, own)[0]
     else:
-        ranks = ops.rank_counts(query, gallery, matches, own)
-    found = scores(matches, ranks, max_rank=max(RANKS))
+        found = scores(matches, ops.rank_counts(query, gallery, matches, own))
+    return in_percent(found)
+
+
+def in_percent(found: Scores) -> dict[str, float]:
+    """What is printed and logged of ``found``."""
     return {**{f"R{k}": 100 * float(found.cmc[k - 1]) for k in RANKS}, "mAP": 100 * found.mean_ap("trapezoid"),
             "mAP_precision": 100 * found.mean_ap("precision"), "unmatched": len(found.unmatched)}
 
 
-RIGHT, WRONG, NEITHER = (30, 150, 60), (200, 40, 40), (60, 60, 60)  # frames of rank_panel
+RIGHT, WRONG, NEITHER = (30, 150, 60), (200, 40, 40), (60, 60, 60)  # frames of rank_row
+
+
+def rank_row(data: PersonSet, query: int, nearest: Sequence[int]) -> list[Image.Image]:
+    """A query and its nearest gallery images: a green frame is the same person, a red one another.
+
+    Below each stand the identity and the camera of its name. -1 in ``nearest``, where nothing is left: an empty place.
+    """
+    def cell(person: Person, colour: tuple[int, int, int]) -> Image.Image:
+        picture = read_image(person.path).resize((64, 128), Image.Resampling.BICUBIC)
+        image = ImageOps.expand(ImageOps.expand(picture, 4, colour), (0, 0, 0, 16), visual.PAPER)
+        ImageDraw.Draw(image).text((36, 144), f"{person.identity} c{person.camera + 1}", visual.INK,
+                                   ImageFont.load_default(12), anchor="mm")
+        return image
+
+    who = data.query[query].identity
+    return [cell(data.query[query], NEITHER), *(
+        cell(data.gallery[j], RIGHT if data.gallery[j].identity == who else WRONG) if j >= 0
+        else Image.new("RGB", (72, 152), visual.PAPER) for j in nearest)]
 
 
 def rank_panel(query: Tensor, gallery: Tensor, data: PersonSet, count: int, nearest: int = 10) -> Image.Image:
-    """``count`` queries, spread over the set, each followed by its ``nearest`` gallery images.
+    """``count`` queries, spread over the set, each followed by its ``nearest`` gallery images (see rank_row).
 
-    query, gallery: as for scores_of. A green frame is the same person, a red one another; images of the same person by
-    the query's own camera are left out, as in the scores.
+    query, gallery: as for scores_of. Images of the same person by the query's own camera are left out, as in scores.
     """
     rows, nearest = spread(len(query), count), min(nearest, len(gallery))
     _, own = match_lists(*names_of([data.query[i] for i in rows]), *names_of(data.gallery))
     found = ops.topk_pairs(query[rows], gallery, nearest, own)[0].tolist()
-
-    def framed(person: Person, colour: tuple[int, int, int]) -> Image.Image:
-        return ImageOps.expand(read_image(person.path).resize((64, 128), Image.Resampling.BICUBIC), 4, colour)
-
-    def cells(i: int, near: Sequence[int]) -> Iterator[Image.Image]:
-        yield framed(data.query[i], NEITHER)
-        for j in near:  # -1 where nothing is left
-            right = data.gallery[j].identity == data.query[i].identity
-            yield framed(data.gallery[j], RIGHT if right else WRONG) if j >= 0 else Image.new("RGB", (72, 136), "white")
-
-    return visual.panel([list(cells(i, near)) for i, near in zip(rows, found, strict=True)],
+    return visual.panel([rank_row(data, i, near) for i, near in zip(rows, found, strict=True)],
                         ["query", *map(str, range(1, nearest + 1))])
 
 

@@ -23,7 +23,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTileRows = 512, kTileCols = 512, kDepth = 256;  // 1 MB a piece
+constexpr int64_t kTileRows = 512, kTileCols = 512, kDepth = 512;  // 1 MB a piece
 constexpr double kFloor = 1e-8;
 
 template <class T>
