@@ -70,7 +70,8 @@ PRESETS = {
 # --demo: a ResNet-18 from random weights on the rendered pair
 DEMO = dict(source="plaza", target="campus", data_dir="data/demo/persons/{seed}", snapshot_dir="logs/demo/{seed}",
             arch="resnet18", features=256, restore_from="none", height=64, width=32, num_workers=0, batch_size=32,
-            learning_rate=0.05, lr_trunk=0.05, epochs=30, epochs_decay=20, bn="train")
+            learning_rate=0.05, lr_trunk=0.05, epochs=20, epochs_decay=14, bn="train",
+            save_num_images=6)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -426,6 +427,7 @@ def demo(args: argparse.Namespace) -> int:
         if session.exit_code:
             return session.exit_code
         rows[name] = session.validation.scores
+        panels = session.validation.panels
         if name == "source only":
             session.validation.bn_stats = "target"
             rows["source only, target BN"] = session.validation.score(session.net)
@@ -433,6 +435,7 @@ def demo(args: argparse.Namespace) -> int:
     print(f"{'':{width}}     R1     R5    R10    mAP")
     for name, row in rows.items():
         print(f"{name:{width}} " + " ".join(f"{row[key]:6.1f}" for key in ("R1", "R5", "R10", "mAP")))
+    print(f"rank panels: {panels}, and beside the other runs")
     return 0
 
 

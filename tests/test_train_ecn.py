@@ -91,7 +91,7 @@ def test_a_run(people, folder, in_this_process, flags, losses, capsys):
     lines = logged(folder, "loss_src")
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     assert all(line.keys() == {"iteration", "lr", "epoch", *losses} for line in lines)
-    assert {p.name for p in folder.iterdir()} == {"checkpoint.pth.tar", "log.jsonl", "resume.pth"}
+    assert {p.name for p in folder.iterdir()} == {"checkpoint.pth.tar", "log.jsonl", "ranks", "resume.pth"}
     state = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
     root = "model" if flags[-1:] == ["spgan"] else "base"
     assert f"{root}.layer4.1.bn2.running_var" in state["state_dict"]
