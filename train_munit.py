@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, runtime, visual
+from lib import checkpoint, flags, ops, runtime, visual
 from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
 from lib.datasets.pictures import read_image
@@ -60,13 +61,9 @@ from lib.optim import GuardedStep
 from lib.runtime import as_float32
 from lib.session import Session
 
-# the release's keys of a configuration whose flag is called otherwise
+# the release's keys of a configuration whose flag is called otherwise; gen: {dim: 64} is --gen-dim, {n_res: 4} --n-res
 RENAMED = {"snapshot_save_iter": "save_pred_every", "image_save_iter": "eval_every", "display_size": "save_num_images",
-           "log_iter": "log_every", "gen.dim": "gen_dim", "gen.activ": "gen_activ", "gen.pad_type": "gen_pad_type",
-           "gen.mlp_dim": "mlp_dim", "gen.style_dim": "style_dim", "gen.n_downsample": "n_downsample",
-           "gen.n_res": "n_res", "dis.dim": "dis_dim", "dis.norm": "dis_norm", "dis.activ": "dis_activ",
-           "dis.pad_type": "dis_pad_type", "dis.n_layer": "n_layer", "dis.gan_type": "gan_type",
-           "dis.num_scales": "num_scales"}
+           "log_iter": "log_every"}
 # keys that may have this value only: RGB pictures, and a loss that the release does not compute
 FIXED = {"input_dim_a": 3, "input_dim_b": 3, "recon_h_w": 0}
 # --demo: narrow networks on the rendered pair, which keep twice the usual resolution
@@ -173,14 +170,18 @@ def config_flags(path: Path, known: set[str]) -> list[str]:
     values = {}
     for key, value in entries.items():
         values |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value}
-    names = {key: RENAMED.get(key, key) for key in values if key not in FIXED}
-    unknown = [key for key, name in names.items() if name not in known or name in ("config", "trainer")]
-    unknown += [f"{key}: {values[key]} (it must be {FIXED[key]})" for key in FIXED
-                if key in values and values[key] != FIXED[key]]
+
+    def flag_of(key: str) -> str | None:
+        names = RENAMED.get(key), key.replace(".", "_"), key.partition(".")[2] or key
+        return next((name for name in names if name in known - {"config", "trainer"}), None)
+
+    unknown = [f"{key}: {value} (it must be {FIXED[key]})" if key in FIXED else key for key, value in values.items()
+               if value != FIXED.get(key, value) or key not in FIXED and flag_of(key) is None]
     if unknown:
         raise UserError(f"--config {path}: {len(unknown)} key{'s' * (len(unknown) > 1)} not known here: "
                         f"{', '.join(unknown)}")
-    return [f"--{name.replace('_', '-')}={values[key]}" for key, name in names.items() if values[key] is not None]
+    return [f"--{flag_of(key).replace('_', '-')}={value}" for key, value in values.items()
+            if key not in FIXED and value is not None]
 
 
 # --- networks and losses: images are RGB [N, 3, H, W] in -1..1 --------------------------------------------------------
@@ -333,6 +334,8 @@ WEIGHT_OF = {"adv": "gan_w", "recon_x": "recon_x_w", "recon_s": "recon_s_w", "re
              "cycrecon_x": "recon_x_cyc_w", "cyc_x": "recon_x_cyc_w", "recon_kl": "recon_kl_w",
              "recon_kl_cyc": "recon_kl_cyc_w", "vgg": "vgg_w", "semantic": "lambda_semantic"}
 
+UNUSED = {"MUNIT": ("recon_kl_w", "recon_kl_cyc_w"), "UNIT": ("recon_s_w", "recon_c_w")}
+
 
 def term_of(name: str) -> str:
     """The key of WEIGHT_OF for a loss: "recon_kl_cyc" for "recon_kl_cyc_aba"."""
@@ -455,7 +458,7 @@ class Panels:
 
     def read(self, path: Path, short: int) -> Tensor:
         image = read_image(path)
-        image = image.resize(short_side_size(image.size, short))
+        image = image.resize(short_side_size(image.size, short), Image.Resampling.BILINEAR)  # as in training
         return to_symmetric(image)[None].to(self.run.device)
 
     def row(self, here: Generator, there: Generator, x: Tensor, other: Tensor,
@@ -516,6 +519,7 @@ def train(args: argparse.Namespace) -> Session:
     """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
+    ops.use(args.ops)
     folder, w = Path(args.snapshot_dir), Weights(**{name: getattr(args, name) for name in Weights._fields})
 
     # data
@@ -562,8 +566,9 @@ def train(args: argparse.Namespace) -> Session:
             "weights": args.restore_from or f"none, random weights ({args.init})",
             "networks": f"{args.trainer}, {sum(p.numel() for p in gen.a.parameters()) / 1e6:.1f} M weights in each "
                         f"generator, {sum(p.numel() for p in dis.a.parameters()) / 1e6:.1f} M in each discriminator",
-            "losses": ", ".join(f"{name} {value:g}" for name, value in w._asdict().items() if value) +
-                      f", {args.gan_type}" + (f", VGG-16 {args.vgg_weights}" if vgg else ""),
+            "losses": ", ".join(f"{name} {value:g}" for name, value in w._asdict().items()
+                                if value and name not in UNUSED[args.trainer])
+                      + f", {args.gan_type}" + (f", VGG-16 {args.vgg_weights}" if vgg else ""),
             "domain A": f"{len(data.train_a)} pictures of {data.train_a.name}, short side {args.new_size_a}",
             "domain B": f"{len(data.train_b)} pictures of {data.train_b.name}, short side {args.new_size_b}",
             "batch": f"{args.batch_size} x {run.world} crops of {crop[0]}x{crop[1]}",
