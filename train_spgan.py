@@ -43,6 +43,8 @@ from lib.datasets.unpaired import (
     from_symmetric,
     open_domains,
 )
+from lib.demo.streets import render_demo
+from lib.demo.translation import compare_translations
 from lib.errors import UserError
 from lib.models.cyclegan import (
     BLOCKS,
@@ -64,6 +66,12 @@ DEFAULTS = {
                      lr_policy="linear", lambda_contrastive=0.0, init_type="normal"),
     "spgan": dict(load_size=(144, 286), crop_size=(128, 256), n_epochs=20, n_epochs_decay=0, batch_size=8,
                   lr_policy="constant", lambda_contrastive=2.0, init_type="default")}
+
+
+# --demo: narrow networks on the rendered pair
+DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_translation/{seed}", preprocess="crop", crop_size=(96, 96),
+            ngf=16, ndf=16, netG="resnet_6blocks", batch_size=1, lr=1e-3, lambda_identity=0.0, n_epochs=2,
+            n_epochs_decay=2, save_num_images=3, log_every=60)
 
 
 def side_or_size(text: str) -> tuple[int, int]:
@@ -122,7 +130,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out.add_argument("--save_epoch_freq", type=flags.count, default=5, help="epochs between N_net_*.pth files")
     out.add_argument("--gpu_ids", type=int, help="number of the GPU; -1: CPU. Several GPUs: torchrun")
     p.set_defaults(save_pred_every=None)
-    args = flags.parse(p, argv, {})
+    args = flags.parse(p, argv, DEMO)
     args.method = "cyclegan" if args.model else args.method
     cameras = dict(n_epochs=30, n_epochs_decay=20) if args.cameras else {}
     for name, value in {**DEFAULTS[args.method], **cameras}.items():
@@ -293,14 +301,14 @@ def together(net: nn.Module, *xs: Tensor) -> Iterable[Tensor]:
 
 
 def step(nets: Networks, pool_a: ImagePool, pool_b: ImagePool, x_a: Tensor, x_b: Tensor, w: Weights, run: Run,
-         update: Callable[[str, Tensor], None], *, gan_mode: str = "lsgan", train_g: bool = True,
-         contrastive: bool = False, train_sia: bool = False, keep: Callable[[], Tensor] | None = None,
-         segmenter: nn.Module | None = None, y_a: Tensor | None = None) -> dict[str, Tensor]:
+         update: GuardedStep, *, gan_mode: str = "lsgan", train_g: bool = True, contrastive: bool = False,
+         train_sia: bool = False, keep: Callable[[], Tensor] | None = None, segmenter: nn.Module | None = None,
+         y_a: Tensor | None = None) -> dict[str, Tensor]:
     """One iteration in the releases' order: G, SiaNet, D. Returns the losses, weights of cycle and identity included.
 
-    update("G" | "M" | "D", loss): one step of that optimiser. SPGAN: G trains every 2nd iteration, SiaNet from the 2nd
-    epoch on, and its loss is part of G's from the 3rd (contrastive); keep: draws a dropout mask [N, 128]. y_a: labels
-    of x_a for the semantic loss.
+    update.backward("G" | "M" | "D", loss) adds gradients, update.step(..) uses them. SPGAN: G trains every 2nd
+    iteration, SiaNet from the 2nd epoch on, and its loss is part of G's from the 3rd (contrastive); keep: draws a
+    dropout mask [N, 128]. y_a: labels of x_a for the semantic loss.
     """
     g_ab, g_ba, d_a, d_b, sia = nets
     losses: dict[str, Tensor] = {}
@@ -309,42 +317,52 @@ def step(nets: Networks, pool_a: ImagePool, pool_b: ImagePool, x_a: Tensor, x_b:
         for net in filter(None, nets):
             net.requires_grad_(any(net is t for t in trained))
 
-    # G and F. A generator's identity input goes through it with its other input.
+    def embed(x: Tensor, mask: Tensor) -> Tensor:
+        with run.autocast():
+            return sia(x, mask)
+
+    # G (A to B) and F (B to A). No term needs both translations: their graphs are held one after the other.
     set_trained(*((g_ab, g_ba) if train_g else ()))
-    identity = train_g and w.lambda_identity > 0
-    with torch.set_grad_enabled(train_g), run.autocast():
-        x_ab, *x_bb = together(g_ab, x_a, *([x_b] if identity else []))
-        x_ba, *x_aa = together(g_ba, x_b, *([x_a] if identity else []))
-        if train_g:
-            x_aba, x_bab = g_ba(x_ab), g_ab(x_ba)
-            score_b, score_a = d_b(x_ab), d_a(x_ba)
-    if train_g:
-        losses["G_A"], losses["G_B"] = loss_gan(score_b, True, gan_mode), loss_gan(score_a, True, gan_mode)
-        losses["cycle_A"] = w.lambda_A * loss_cyc(x_a, x_aba)
-        losses["cycle_B"] = w.lambda_B * loss_cyc(x_b, x_bab)
+    contrastive, identity = contrastive and train_g, w.lambda_identity > 0 and train_g
+    if contrastive:
+        keep_a, keep_ab, keep_b, keep_ba = (keep() for _ in range(4))
+        embeddings = {"A": (embed(x_a, keep_a), keep_ab, embed(x_b, keep_b))}
+        embeddings["B"] = embeddings["A"][2], keep_ba, embeddings["A"][0]
+    fakes = []
+    for name, g, f, d, x, other, lambda_x, lambda_other, y in (
+            ("A", g_ab, g_ba, d_b, x_a, x_b, w.lambda_A, w.lambda_B, y_a),
+            ("B", g_ba, g_ab, d_a, x_b, x_a, w.lambda_B, w.lambda_A, None)):
+        with torch.set_grad_enabled(train_g), run.autocast():
+            fake, *same = together(g, x, *([other] if identity else []))
+            fakes.append(as_float32(fake.detach()))
+            if not train_g:
+                continue
+            score, back = d(fake), f(fake)
+        terms = {"G": loss_gan(score, True, gan_mode), "cycle": lambda_x * loss_cyc(x, back)}
         if identity:
-            losses["idt_A"] = w.lambda_B * w.lambda_identity * loss_idt(x_b, x_bb[0])
-            losses["idt_B"] = w.lambda_A * w.lambda_identity * loss_idt(x_a, x_aa[0])
-        if contrastive:  # positive: an image and its translation; negative: a translation and the domain it enters
-            with run.autocast():
-                e_a, e_ab, e_b, e_ba = (sia(x, keep()) for x in (x_a, x_ab, x_b, x_ba))
-            losses["contrastive"] = w.lambda_contrastive * (
-                loss_con(e_a, e_ab, True) + loss_con(e_b, e_ba, True)
-                + (loss_con(e_ab, e_b, False, w.margin) + loss_con(e_ba, e_a, False, w.margin)) / 2) / 4
+            terms["idt"] = lambda_other * w.lambda_identity * loss_idt(other, same[0])
+        if contrastive:  # positive: an image and its translation; negative: the translation and the domain it enters
+            e_x, mask, e_other = embeddings[name]
+            e_fake = embed(fake, mask)
+            terms["contrastive"] = w.lambda_contrastive / 4 * (
+                loss_con(e_x, e_fake, True) + loss_con(e_fake, e_other, False, w.margin) / 2)
         if segmenter is not None:
-            losses["semantic"] = w.lambda_semantic * (loss_semantic(segmenter, as_float32(x_ab), x_a, y_a)
-                                                      + loss_semantic(segmenter, as_float32(x_ba), x_b))
-        losses["G"] = sum(losses.values())  # CycleGAN, Eq. 3; SPGAN, Eq. 6
-        update("G", losses["G"])
-    x_ab, x_ba = as_float32(x_ab.detach()), as_float32(x_ba.detach())
+            terms["semantic"] = w.lambda_semantic * loss_semantic(segmenter, as_float32(fake), x, y)
+        total = sum(terms.values())  # CycleGAN, Eq. 3; SPGAN, Eq. 6
+        update.backward("G", total)
+        losses |= {f"{term}_{name}": loss.detach() for term, loss in terms.items()}
+        losses["G"] = losses.get("G", 0) + total.detach()
+    if train_g:
+        update.step("G")
+    x_ab, x_ba = fakes
 
     if train_sia:
         set_trained(sia)
-        with run.autocast():
-            e_a, e_ab, e_b, e_ba = (sia(x, keep()) for x in (x_a, x_ab, x_b, x_ba))
+        e_a, e_ab, e_b, e_ba = (embed(x, keep()) for x in (x_a, x_ab, x_b, x_ba))
         losses["M"] = (loss_con(e_a, e_ab, True) + loss_con(e_b, e_ba, True)
                        + 2 * loss_con(e_a, e_b, False, w.margin)) / 3
-        update("M", losses["M"])
+        update.backward("M", losses["M"])
+        update.step("M")
 
     # D, on the fakes from before the step of G
     set_trained(d_a, d_b)
@@ -352,7 +370,8 @@ def step(nets: Networks, pool_a: ImagePool, pool_b: ImagePool, x_a: Tensor, x_b:
         with run.autocast():
             score_real, score_fake = together(d, real, fake)
         losses[name] = (loss_gan(score_real, True, gan_mode) + loss_gan(score_fake, False, gan_mode)) / 2
-    update("D", losses["D_A"] + losses["D_B"])
+        update.backward("D", losses[name])
+    update.step("D")
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -585,8 +604,21 @@ def train_cameras(args: argparse.Namespace) -> int:
     return 0
 
 
+def demo(args: argparse.Namespace) -> int:
+    """Train on the rendered pair, then a segmenter on original and on translated pictures; print both scores."""
+    root = render_demo(Path(f"data/demo/{args.random_seed}"), seed=args.random_seed)
+    session = train(args)
+    if session.exit_code:
+        return session.exit_code
+    compare_translations({args.method: session.net.eval()}, root, Path(f"result/demo_{args.method}"), session.run,
+                         seed=args.random_seed)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.demo:
+        return demo(args)
     if args.cameras:
         return train_cameras(args)
     return train(args).exit_code

@@ -177,7 +177,7 @@ def test_semantic_loss(pair, tmp_path):
     sample = data.train_a[(0, 1)]
     assert sample.label.shape == sample.image.shape[1:] and sample.label.unique().numel() > 2
     assert script.main([*argv, "--lambda-semantic", "1", "--labelled"]) == 0
-    (loss,) = {line["semantic"] for line in logged(tmp_path / "run", "semantic")[:1]}
+    (loss,) = {line["semantic_A"] + line["semantic_B"] for line in logged(tmp_path / "run", "semantic_A")[:1]}
     assert 2 < loss < 12  # two cross-entropies of an untrained network
 
 
