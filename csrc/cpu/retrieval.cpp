@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "argmax.h"
@@ -58,14 +59,15 @@ double distance(const Points<T>& x, int64_t i, const Points<T>& y, int64_t j) {
 }
 
 // No t of row i is further than this from d - |x_i|^2 (before the floor), and none of two such distances from the true
-// ones: products, |y|^2 rounded to T, the difference rounded to T, float64 sums on both sides, products below T's range.
+// ones: products, |y|^2 rounded to T, the difference rounded to T, float64 sums on both sides, products below T's
+// range.
 template <class T>
 double error_bound(const Points<T>& x, int64_t i, const Points<T>& y) {
   const double u = std::numeric_limits<T>::epsilon() / 2, v = std::numeric_limits<double>::epsilon() / 2;
   const double c = double(x.c()), a = std::sqrt(x.square[i]), b = y.longest;
   const double chain = std::min(c, double(kDepth)) + c / kDepth + 3;
-  return 1.01 * (2 * chain * u * a * b + u * (2 * b * b + 2 * a * b) + v * ((c / 4 + 64) * a * b + 8 * (a * a + b * b)) +
-                 4 * c * double(std::numeric_limits<T>::min()));
+  return 1.01 * (2 * chain * u * a * b + u * (2 * b * b + 2 * a * b) +
+                 v * ((c / 4 + 64) * a * b + 8 * (a * a + b * b)) + 4 * c * double(std::numeric_limits<T>::min()));
 }
 
 template <class T>
@@ -195,17 +197,19 @@ void check(const Tensor& x, const Tensor& y) {
                     "expected [N1, C] and [N2, C], both float32 or float64, got ", x.sizes(), " and ", y.sizes());
 }
 
-// Magnitudes whose float32 products would overflow are taken to float64.
-bool overflows(const Tensor& x, const Tensor& y) {
-  return x.scalar_type() == at::kFloat && x.numel() && y.numel() &&
-         std::max(x.abs().max().item<float>(), y.abs().max().item<float>()) > 1e16f / std::sqrt(float(x.size(1)));
+// Whether tiles of T could overflow; such magnitudes are taken to float64.
+template <class T>
+bool overflows(const Points<T>& x, const Points<T>& y) {
+  return std::is_same_v<T, float> && x.longest + y.longest > 1e18;
 }
 
 template <class T>
-void rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t* start, const int64_t* item,
+bool rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t* start, const int64_t* item,
                        const int64_t* left_start, const int64_t* left_item, int64_t* nearer, int64_t* equal,
                        int64_t* earlier) {
-  const auto q = make_points<T>(query, "rank_counts: the queries"), g = make_points<T>(gallery, "rank_counts: the gallery");
+  const auto q = make_points<T>(query, "rank_counts: the queries");
+  const auto g = make_points<T>(gallery, "rank_counts: the gallery");
+  if (overflows(q, g)) return false;
   const Counter<T> count{q, g, nearer, equal, earlier};
   std::vector<Tensor> buffer;
   std::vector<std::vector<Listed<T>>> listed(std::min(kTileRows, q.n()));
@@ -218,7 +222,8 @@ void rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t
         const double e = error_bound(q, i, g);
         for (int64_t p = start[i]; p < start[i + 1]; p++) {
           const double d = distance(q, i, g, item[p]), t = d - q.square[i];
-          mine.push_back({d, item[p], p, d > kFloor ? below<T>(t - e) : -std::numeric_limits<T>::infinity(), above<T>(t + e)});
+          mine.push_back(
+              {d, item[p], p, d > kFloor ? below<T>(t - e) : -std::numeric_limits<T>::infinity(), above<T>(t + e)});
         }
         std::sort(mine.begin(), mine.end(), [](const auto& a, const auto& b) { return a.d < b.d; });
       }
@@ -238,21 +243,22 @@ void rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t
         }
     });
   }
+  return true;
 }
 
 std::tuple<Tensor, Tensor, Tensor> rank_counts(const Tensor& q, const Tensor& g, const Tensor& start,
                                                const Tensor& item, const Tensor& left_start, const Tensor& left_item) {
   check(q, g);
-  if (overflows(q, g)) return rank_counts(q.to(at::kDouble), g.to(at::kDouble), start, item, left_start, left_item);
   Tensor result[3];
   for (auto& r : result) r = at::zeros({item.size(0)}, item.options());
   const Tensor lists[] = {start.contiguous(), item.contiguous(), left_start.contiguous(), left_item.contiguous()};
-  AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "rank_counts", [&] {
-    rank_counts_typed<scalar_t>(q, g, lists[0].const_data_ptr<int64_t>(), lists[1].const_data_ptr<int64_t>(),
-                                lists[2].const_data_ptr<int64_t>(), lists[3].const_data_ptr<int64_t>(),
-                                result[0].mutable_data_ptr<int64_t>(), result[1].mutable_data_ptr<int64_t>(),
-                                result[2].mutable_data_ptr<int64_t>());
+  const bool done = AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "rank_counts", [&] {
+    return rank_counts_typed<scalar_t>(q, g, lists[0].const_data_ptr<int64_t>(), lists[1].const_data_ptr<int64_t>(),
+                                       lists[2].const_data_ptr<int64_t>(), lists[3].const_data_ptr<int64_t>(),
+                                       result[0].mutable_data_ptr<int64_t>(), result[1].mutable_data_ptr<int64_t>(),
+                                       result[2].mutable_data_ptr<int64_t>());
   });
+  if (!done) return rank_counts(q.to(at::kDouble), g.to(at::kDouble), start, item, left_start, left_item);
   return {result[0], result[1], result[2]};
 }
 
@@ -263,7 +269,13 @@ template <class T>
 class Nearest {
  public:
   Nearest(const Points<T>& x, const Points<T>& y, int64_t i, int64_t k, const int64_t* left, int64_t left_count)
-      : x_(x), y_(y), i_(i), k_(k), capacity_(std::max<int64_t>(4 * k, 64)), left_(left), left_count_(left_count),
+      : x_(x),
+        y_(y),
+        i_(i),
+        k_(k),
+        capacity_(std::max<int64_t>(4 * k, 64)),
+        left_(left),
+        left_count_(left_count),
         error_(error_bound(x, i, y)) {
     near_.reserve(capacity_);
   }
@@ -351,23 +363,26 @@ std::tuple<Tensor, Tensor, Tensor> topk_pairs(const Tensor& x, const Tensor& y, 
                                               const Tensor& left_item) {
   check(x, y);
   TORCH_CHECK_VALUE(k > 0, "topk_pairs: k must be at least 1, not ", k);
-  if (overflows(x, y)) return topk_pairs(x.to(at::kDouble), y.to(at::kDouble), k, left_start, left_item);
   auto index = at::empty({x.size(0), k}, x.options().dtype(at::kLong));
   auto d = at::empty({x.size(0), k}, x.options().dtype(at::kDouble)), farthest = at::empty({x.size(0)}, d.options());
   const auto starts = left_start.contiguous(), items = left_item.contiguous();
   const auto *s = starts.const_data_ptr<int64_t>(), *left = items.const_data_ptr<int64_t>();
+  bool done = true;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "topk_pairs", [&] {
     const auto a = make_points<scalar_t>(x, "topk_pairs: the rows of x");
     const auto other = x.is_same(y) ? Points<scalar_t>{} : make_points<scalar_t>(y, "topk_pairs: the rows of y");
     const auto& b = x.is_same(y) ? a : other;
+    if (overflows(a, b)) {
+      done = false;
+      return;
+    }
     std::vector<Tensor> buffer;
     for (int64_t begin = 0; begin < a.n(); begin += kTileRows) {
       const int64_t end = std::min(a.n(), begin + kTileRows);
       std::vector<Nearest<scalar_t>> rows;
       for (int64_t i = begin; i < end; i++) rows.emplace_back(a, b, i, k, left + s[i], s[i + 1] - s[i]);
-      for_each_row(a, b, begin, end, buffer, [&](int64_t i, const scalar_t* t, int64_t j0, int64_t cols) {
-        rows[i - begin].scan(t, j0, cols);
-      });
+      for_each_row(a, b, begin, end, buffer,
+                   [&](int64_t i, const scalar_t* t, int64_t j0, int64_t cols) { rows[i - begin].scan(t, j0, cols); });
       at::parallel_for(begin, end, 8, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
           rows[i - begin].finish(index.mutable_data_ptr<int64_t>() + i * k, d.mutable_data_ptr<double>() + i * k,
@@ -375,6 +390,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_pairs(const Tensor& x, const Tensor& y, 
       });
     }
   });
+  if (!done) return topk_pairs(x.to(at::kDouble), y.to(at::kDouble), k, left_start, left_item);
   return {index, d, farthest};
 }
 
