@@ -1,9 +1,6 @@
 // Ranks and nearest lists by squared Euclidean distance, from float32 tiles and float64 rescoring.
-//
-// The truth is d = max(|x|^2 + |y|^2 - 2 x y, 1e-8) in float64, all three products summed by exact_dot. A tile gives
-// t ~ |y|^2 - 2 x y, which differs from d - |x|^2 by no more than error_bound(); only where that leaves a comparison
-// open is d itself computed. To make the bound narrow, products are summed over pieces of kDepth and then added here:
-// a chain of n additions errs by n u sum |x_k y_k|, whatever its order.
+#include "retrieval.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -14,7 +11,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "argmax.h"
@@ -24,8 +20,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTileRows = 512, kTileCols = 512, kDepth = 512;  // 1 MB a piece
-constexpr double kFloor = 1e-8;
+constexpr int64_t kTileRows = 512, kTileCols = 512;  // 1 MB a piece
 
 template <class T>
 struct Points {
@@ -56,18 +51,6 @@ Points<T> make_points(const Tensor& input, const char* name) {
 template <class T>
 double distance(const Points<T>& x, int64_t i, const Points<T>& y, int64_t j) {
   return std::max(x.square[i] + y.square[j] - 2 * exact_dot<T>(x.row(i), 1, y.row(j), 1, x.c()), kFloor);
-}
-
-// No t of row i is further than this from d - |x_i|^2 (before the floor), and none of two such distances from the true
-// ones: products, |y|^2 rounded to T, the difference rounded to T, float64 sums on both sides, products below T's
-// range.
-template <class T>
-double error_bound(const Points<T>& x, int64_t i, const Points<T>& y) {
-  const double u = std::numeric_limits<T>::epsilon() / 2, v = std::numeric_limits<double>::epsilon() / 2;
-  const double c = double(x.c()), a = std::sqrt(x.square[i]), b = y.longest;
-  const double chain = std::min(c, double(kDepth)) + c / kDepth + 3;
-  return 1.01 * (2 * chain * u * a * b + u * (2 * b * b + 2 * a * b) +
-                 v * ((c / 4 + 64) * a * b + 8 * (a * a + b * b)) + 4 * c * double(std::numeric_limits<T>::min()));
 }
 
 template <class T>
@@ -190,26 +173,14 @@ struct Counter {
   }
 };
 
-void check(const Tensor& x, const Tensor& y) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.size(1) > 0 &&
-                        x.scalar_type() == y.scalar_type() &&
-                        (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
-                    "expected [N1, C] and [N2, C], both float32 or float64, got ", x.sizes(), " and ", y.sizes());
-}
-
-// Whether tiles of T could overflow; such magnitudes are taken to float64.
-template <class T>
-bool overflows(const Points<T>& x, const Points<T>& y) {
-  return std::is_same_v<T, float> && x.longest + y.longest > 1e18;
-}
-
 template <class T>
 bool rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t* start, const int64_t* item,
                        const int64_t* left_start, const int64_t* left_item, int64_t* nearer, int64_t* equal,
                        int64_t* earlier) {
   const auto q = make_points<T>(query, "rank_counts: the queries");
   const auto g = make_points<T>(gallery, "rank_counts: the gallery");
-  if (overflows(q, g)) return false;
+  if (overflows(query.scalar_type(), q.longest, g.longest)) return false;
+  const auto bound = error_bound<T>(q.c());
   const Counter<T> count{q, g, nearer, equal, earlier};
   std::vector<Tensor> buffer;
   std::vector<std::vector<Listed<T>>> listed(std::min(kTileRows, q.n()));
@@ -219,7 +190,7 @@ bool rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t
       for (int64_t i = first; i < last; i++) {
         auto& mine = listed[i - begin];
         mine.clear();
-        const double e = error_bound(q, i, g);
+        const double e = bound(std::sqrt(q.square[i]), g.longest);
         for (int64_t p = start[i]; p < start[i + 1]; p++) {
           const double d = distance(q, i, g, item[p]), t = d - q.square[i];
           mine.push_back(
@@ -248,7 +219,7 @@ bool rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t
 
 std::tuple<Tensor, Tensor, Tensor> rank_counts(const Tensor& q, const Tensor& g, const Tensor& start,
                                                const Tensor& item, const Tensor& left_start, const Tensor& left_item) {
-  check(q, g);
+  check_points(q, g);
   Tensor result[3];
   for (auto& r : result) r = at::zeros({item.size(0)}, item.options());
   const Tensor lists[] = {start.contiguous(), item.contiguous(), left_start.contiguous(), left_item.contiguous()};
@@ -276,7 +247,7 @@ class Nearest {
         capacity_(std::max<int64_t>(4 * k, 64)),
         left_(left),
         left_count_(left_count),
-        error_(error_bound(x, i, y)) {
+        error_(error_bound<T>(x.c())(std::sqrt(x.square[i]), y.longest)) {
     near_.reserve(capacity_);
   }
 
@@ -361,7 +332,7 @@ class Nearest {
 
 std::tuple<Tensor, Tensor, Tensor> topk_pairs(const Tensor& x, const Tensor& y, int64_t k, const Tensor& left_start,
                                               const Tensor& left_item) {
-  check(x, y);
+  check_points(x, y);
   TORCH_CHECK_VALUE(k > 0, "topk_pairs: k must be at least 1, not ", k);
   auto index = at::empty({x.size(0), k}, x.options().dtype(at::kLong));
   auto d = at::empty({x.size(0), k}, x.options().dtype(at::kDouble)), farthest = at::empty({x.size(0)}, d.options());
@@ -372,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_pairs(const Tensor& x, const Tensor& y, 
     const auto a = make_points<scalar_t>(x, "topk_pairs: the rows of x");
     const auto other = x.is_same(y) ? Points<scalar_t>{} : make_points<scalar_t>(y, "topk_pairs: the rows of y");
     const auto& b = x.is_same(y) ? a : other;
-    if (overflows(a, b)) {
+    if (overflows(x.scalar_type(), a.longest, b.longest)) {
       done = false;
       return;
     }
@@ -397,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_pairs(const Tensor& x, const Tensor& y, 
 // ---- pair_distances ------------------------------------------------------------------------------------------------
 
 Tensor pair_distances(const Tensor& x, const Tensor& y, const Tensor& i, const Tensor& j) {
-  check(x, y);
+  check_points(x, y);
   auto result = at::empty({i.size(0)}, x.options().dtype(at::kDouble));
   const auto rows = i.contiguous(), cols = j.contiguous();
   const auto *r = rows.const_data_ptr<int64_t>(), *c = cols.const_data_ptr<int64_t>();
