@@ -114,9 +114,8 @@ def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, l
 
 
 def _png(image: str) -> str:
-    """The name of the prediction for an image; "" for a path without a name, such as "/"."""
-    path = PurePath(image)
-    return f"{path.stem}.png" if path.name else ""
+    """The name of the prediction for an image."""
+    return f"{PurePath(image).stem}.png"
 
 
 def _chosen(list_file: Path, by_name: Mapping[str, list[Path]], gt_dir: Path) -> list[Path]:

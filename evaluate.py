@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -29,10 +30,9 @@ from lib.datasets.description import Description, Domain, load_description, sele
 from lib.datasets.folder import ImageFolder
 from lib.datasets.pictures import find_pictures
 from lib.datasets.transforms import PIXELS, Augment
-from lib.errors import UserError
-from lib.files import missing_files
-from lib.models.deeplab import ARCHITECTURES, MODELS, build
-from lib.models.fcn8s import FCN8s
+from lib.errors import UserError, shorten
+from lib.files import atomic_write, check_writable, missing_files
+from lib.models.deeplab import ARCHITECTURES, MODELS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,18 +53,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                    help="width,height to resize to (default: the checkpoint's, else the description's)")
     p.add_argument("--scales", type=flags.scales, default=(1.0,), help="with commas; logits are averaged")
     p.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    p.add_argument("--aggregate", type=flags.share, nargs="?", const=0.5, default=0.0, metavar="ALPHA",
+    p.add_argument("--aggregate", type=flags.share, nargs="?", const=0.5, metavar="ALPHA",
                    help="mix features and probabilities with those of similar pixels (pixel-level cycle association; "
-                        "without a number 0.5)")
-    p.add_argument("--bn-stats", choices=["running", "target"], default="running",
-                   help="target: re-estimate BN statistics on the images of --bn-set first")
+                        "without a number 0.5; default: as the checkpoint was scored in training)")
+    p.add_argument("--bn-stats", choices=["running", "target"],
+                   help="target: re-estimate BN statistics on the images of --bn-set first (default: as the checkpoint "
+                        "was scored in training)")
     p.add_argument("--bn-set", help="set for --bn-stats target (default: the description's train)")
     p.add_argument("--label-ids", action="store_true",
                    help="also labelIds/NAME.png in the data set's own ids, as its server wants")
     p.add_argument("--overlay", action="store_true", help="also NAME_overlay.png: colours over the image")
     p.add_argument("--panels", action="store_true", help="also NAME_panel.png: image, truth if known, prediction")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
-    p.add_argument("--num-workers", type=flags.natural, default=2, help="processes that decode and resize ahead")
+    p.add_argument("--num-workers", type=flags.workers, default=2, help="processes that decode and resize ahead")
     p.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off",
                    help="weights and activations in 16 bits (under 1 %% of the label map changes)")
     p.add_argument("--compile", action="store_true", help="torch.compile the network: pays from dozens of images on")
@@ -79,24 +80,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict, checkpoint.LoadReport]:
     """(network, what is known of it, load report) of args.restore_from."""
-    weights, meta = checkpoint.read_weights(args.restore_from)
-    known = {**checkpoint.recognise(weights), **meta}
+    net, known, report = checkpoint.open_network(args.restore_from, model=args.model, arch=args.arch, aspp=args.aspp,
+                                                 pixels=args.pixels)
     if args.aspp == "released" and known["model"] == "DeeplabPixelAssoc":
         raise UserError("--aspp released: this network sums all four rates")
-    for key in ("model", "arch", "aspp", "pixels"):
-        if getattr(args, key):
-            known[key] = getattr(args, key)
-    known = {"aspp": "released", "pixels": "caffe", "stride_on": "1x1", "task": "cityscapes", "align_corners": True,
-             **known}
     if args.num_classes not in (None, known["num_classes"]):
         raise UserError(f"--num-classes {args.num_classes}: {args.restore_from} has {known['num_classes']} classes")
-    if known["model"] == "FCN8s":
-        net = FCN8s(known["num_classes"], known.get("width", 1.0), known.get("padding", "released"))
-    else:
-        net = build(known["model"], known["num_classes"], known["arch"], known["aspp"], known["stride_on"])
-    report = checkpoint.load_into(net, weights, source=args.restore_from)
-    if report.missing or report.mismatched:
-        raise UserError(f"{args.restore_from} does not fill the network: {report}. Is --model or --arch wrong?")
     return net, known, report
 
 
@@ -121,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp="off", seed=0, deterministic=False)
     ops.use(args.ops)
     net, known, report = load_network(args)
+    bn_stats = args.bn_stats or ("running" if known["bn_stats"] == "running" else "target")
+    aggregate = known["aggregate"] if args.aggregate is None else args.aggregate
     data = load_description(args.data or known["task"])
     task = load_description(known["task"]) if "classes" in known else data
     classes = tuple(known.get("classes") or select_classes(task, None, known["num_classes"]))
@@ -131,34 +122,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     images, labelled = open_images(args, data, task, classes, known["pixels"])
     if args.json and labelled is None:
         raise UserError("--json: there are no labels to score against")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist")
+    if args.json:
+        check_writable(args.json, "Choose another --json")
     save = Path(args.save or f"result/{Path(args.images).name if args.images else data.name}")
     save = None if args.save == "none" else save
     if args.label_ids and (data.encoding == "rgb" or not set(classes) <= set(data.classes)):
         lacking = ", ".join(sorted(set(classes) - set(data.classes))) or "which are colours"
         raise UserError(f"--label-ids: {data.name} has no ids for the classes {lacking}")
+    names = output_names(images)
     if save:
-        check_names(images)
-        try:
-            save.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--save {save}: cannot be written ({error.strerror})") from None
+        make_folder(save)
+        if args.label_ids:
+            make_folder(save / "labelIds")
 
+    aspp = "" if known["model"] == "FCN8s" else f", ASPP {known['aspp']}"
     runtime.header(run, {
         "kernels": ops.backend(),
-        "network": f"{known['model']} {known['arch']}, {len(classes)} classes"
-                   + f", ASPP {known['aspp']}" * (known["model"] != "FCN8s"),
+        "network": f"{known['model']} {known['arch']}, {len(classes)} classes{aspp}",
         "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
         "images": f"{len(images)} of {args.images or data.name} at "
                   f"{f'a height of {size} pixels' if isinstance(size, int) else size}, "
                   f"{'labelled' if labelled else 'no labels'}",
-        "scales": f"{args.scales}{', mirrored too' * args.flip}"
-                  + f", aggregated by {args.aggregate}" * bool(args.aggregate),
-        "numbers": {"off": "float32"}.get(args.amp, args.amp) + ", compiled" * args.compile,
+        "scales": ", ".join([str(args.scales), *(["mirrored too"] if args.flip else []),
+                             *([f"aggregated by {aggregate}"] if aggregate else [])]),
+        "BN": f"statistics {'re-estimated on the target' if bn_stats == 'target' else 'of the checkpoint'}",
+        "numbers": {"off": "float32"}.get(args.amp, args.amp) + (", compiled" if args.compile else ""),
         "output": save or "scores only"})
     net.to(run.device)
-    if args.bn_stats == "target":
+    if bn_stats == "target":
         on = images if args.images else Domain.open(data, args.data_dir, args.bn_set).list_images()
         run.say(f"BN statistics re-estimated on {len(on)} images")
         net = predict.reestimate_bn(net, on, size, known["pixels"], run, args.num_workers)
@@ -170,22 +161,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         places[:len(classes)] = [data.classes.index(name) for name in classes]
         ids[:len(classes)] = [data.ids[place][0] for place in places[:len(classes)]] if data.encoding != "rgb" else 0
 
-    def write(image: np.ndarray, label: np.ndarray, path: Path, truth: np.ndarray | None) -> None:
-        Image.fromarray(places[label]).save(save / f"{path.stem}.png", compress_level=1)
-        visual.save_colour(label, palette, save / f"{path.stem}_color.png")
+    def write(image: np.ndarray, label: np.ndarray, name: str, truth: np.ndarray | None) -> None:
+        visual.save(Image.fromarray(places[label]), save / f"{name}.png", compress_level=1)
+        visual.save(visual.colour_map(label, palette), save / f"{name}_color.png", compress_level=1)
         if args.label_ids:
-            (save / "labelIds").mkdir(exist_ok=True)
-            Image.fromarray(ids[label]).save(save / "labelIds" / f"{path.stem}.png", compress_level=1)
+            visual.save(Image.fromarray(ids[label]), save / f"labelIds/{name}.png", compress_level=1)
         if args.overlay:
-            mixed = visual.overlay(Image.fromarray(image), label, palette)
-            mixed.save(save / f"{path.stem}_overlay.png", compress_level=1)
+            visual.save(visual.overlay(Image.fromarray(image), label, palette), save / f"{name}_overlay.png",
+                        compress_level=1)
         if args.panels:
             cells = {"image": Image.fromarray(image)}
             cells |= {} if truth is None else {"truth": visual.colour_map(truth, palette)}
             cells["prediction"] = visual.colour_map(label, palette)
             width = min(image.shape[1], 640)
             key = visual.legend(classes, palette, len(cells) * (width + 4) - 4)
-            visual.panel([list(cells.values())], list(cells), width, key=key).save(save / f"{path.stem}_panel.png")
+            visual.save(visual.panel([list(cells.values())], list(cells), width, key=key), save / f"{name}_panel.png")
 
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     views = predict.ViewSet(images, size, known["pixels"], args.scales)
@@ -193,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         results = predict.predictions(net, views, run, flip=args.flip, align_corners=known["align_corners"],
-                                      aggregate=args.aggregate, workers=args.num_workers, share=True)
+                                      aggregate=aggregate, workers=args.num_workers, share=True)
         bar = tqdm(results, total=len(images) // run.world, unit="image", disable=None if run.is_main else True)
         for index, image, label in bar:
             truth = labelled.truth(index) if labelled else None
@@ -203,29 +193,48 @@ def main(argv: Sequence[str] | None = None) -> None:
                                     f"{labelled.labels[index]} is {truth.shape[1]}x{truth.shape[0]}")
                 metrics.confusion_matrix(truth, label, len(classes), data.ignore, out=confusion)
             if save:
-                pending.append(pool.submit(write, image, label, images[index], truth))
+                pending.append(pool.submit(write, image, label, names[index], truth))
                 while len(pending) > 8:
                     pending.popleft().result()
         for future in pending:
             future.result()
     seconds = time.monotonic() - started
-    run.say(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second)"
-            + (f", written to {save}" if save else ""))
+    written = f", written to {save}" if save else ""
+    written += f" (for the data set's server: {save / 'labelIds'})" if save and args.label_ids else ""
+    run.say(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second){written}")
     if labelled:
         confusion = run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
         run.say(metrics.iou_table(classes, {"IoU": confusion}))
         if args.json and run.is_main:
             scores = {"restore_from": args.restore_from, **metrics.iou_dict(classes, confusion)}
-            Path(args.json).write_text(json.dumps(scores, indent=1) + "\n")
+            with atomic_write(args.json, "Choose another --json") as new:
+                new.write_text(json.dumps(scores, indent=1) + "\n")
 
 
-def check_names(images: Sequence[Path]) -> None:
-    """Predictions lie side by side: two images of one name would overwrite each other."""
+def output_names(images: Sequence[Path]) -> list[str]:
+    """Names without an ending for the files of each image: its own, or where those repeat its path below their folder.
+
+    Raises UserError where two images differ in their endings only.
+    """
+    names = [path.stem for path in images]
+    if len(set(names)) < len(names):
+        root = os.path.commonpath([path.parent for path in images])
+        names = [path.relative_to(root).with_suffix("").as_posix() for path in images]
     seen: dict[str, Path] = {}
-    for path in images:
-        if path.stem in seen:
-            raise UserError(f"{path} and {seen[path.stem]} have the same name and would share one output file")
-        seen[path.stem] = path
+    for name, path in zip(names, images, strict=True):
+        if name in seen:
+            raise UserError(f"{path} and {seen[name]} have the same name and would share one output file")
+        seen[name] = path
+    return names
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save {shorten(folder)}: cannot be written ({error.strerror})") from None
+    check_writable(folder / "probe.png", "Choose another --save")
 
 
 if __name__ == "__main__":

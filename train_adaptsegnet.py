@@ -40,7 +40,7 @@ from lib.runtime import as_float32
 from lib.session import Session
 
 SOURCE, TARGET = 0, 1  # domain labels of the code; the paper writes the reverse
-# --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
+# --demo: settings for a ResNet-18 from random weights on the rendered pair; flags given override them.
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo/{seed}", arch="resnet18", input_size=(192, 96),
             input_size_target=(192, 96), num_steps=400, learning_rate=2.5e-3, lambda_adv_target1=0.01,
             lambda_adv_target2=0.05, random_mirror=True, save_pred_every=400, bn_stats="target")

@@ -64,7 +64,7 @@ from lib.session import Passes, Session
 
 PASSES = ("score", "count", "refine", "label")  # of a round, over the validation set and then three times the target
 RELEASED_SIGMA = 70 / 6 / 1024  # of the spatial prior, in image heights: the paper's 70 x 70 kernel at 1024, cut at 3
-# --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
+# --demo: settings for a ResNet-18 from random weights on the rendered pair; flags given override them.
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_cbst/{seed}", arch="resnet18", input_size=(192, 96),
             input_size_target=(192, 96), crop_size=(192, 96), learning_rate=5e-4, power=0.9, num_rounds=4, epr=2,
             init_src_port=0.2, max_src_port=0.5, src_port_step=0.05, spatial_prior="build", prior_norm="class",
@@ -102,7 +102,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="LRENT: alpha of soft labels (0: hard labels)")
     method.add_argument("--collapse", type=flags.share, default=0.95,
                         help="share of pixels in one class that ends the run")
-    net = flags.add_network(p)
+    net = flags.add_network(p, trained=True)
     net.add_argument("--model", choices=list(MODELS), help="default: recognised by the checkpoint's keys")
     net.add_argument("--aspp", choices=["released", "full"],
                      help="rates summed: 6, 12 or all four (default: the checkpoint's, else full)")
@@ -120,7 +120,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--random-scale", action=argparse.BooleanOptionalAction, default=True,
                       help="scale training images by 0.5, 0.6, .. 1.5")
     data.add_argument("--random-mirror", action=argparse.BooleanOptionalAction, default=True)
-    data.add_argument("--eval-scale", type=flags.positive, default=0.9, help="of target images while they are labelled")
+    data.add_argument("--eval-scale", type=flags.scale, default=0.9, help="of target images while they are labelled")
     data.add_argument("--test-flipping", action="store_true", help="average with the mirrored image while labelling")
     data.add_argument("--test-scales", type=flags.scales, default=(0.9, 1.0, 1.2),
                       help="whose logits are averaged for scores")
@@ -129,11 +129,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt = flags.add_optimisation(p)
     opt.add_argument("--sgd", choices=["released", "once"], default="released",
                      help="released: the backbone's updates are repeated as in the release")
-    out = flags.add_run(p, aliases={"--snapshot-dir": "--save"})
+    out = flags.add_run(p, aliases={"--snapshot-dir": "--save"}, evaluations=False)
     out.add_argument("--save-color", action="store_true", help="also pseudo_labels_color: every label in colours")
     out.add_argument("--cache-mb", type=flags.natural, default=64,
                      help="memory for logits between the passes over the target")
-    p.set_defaults(snapshot_dir="snapshots/cbst", arch=None, batch_size=2, learning_rate=5e-5, power=0.0,
+    p.set_defaults(snapshot_dir="snapshots/cbst", batch_size=2, learning_rate=5e-5, power=0.0,
                    save_pred_every=500, save_num_images=4, random_seed=3)
     args = flags.parse(p, argv, DEMO)
     if not args.restore_from and not args.demo and not args.check_data:
@@ -512,17 +512,15 @@ def open_prior(args: argparse.Namespace, data: DomainPair, folder: Path, run: ru
 
 def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.Module, dict, str]:
     """--restore-from as (network, the conventions it was trained with, what was loaded). Raises UserError."""
-    weights, meta = checkpoint.read_weights(args.restore_from)
-    known = {"aspp": "full", "pixels": "imagenet", "stride_on": "1x1", **checkpoint.recognise(weights), **meta}
-    known |= {key: getattr(args, key) for key in ("model", "arch", "aspp", "pixels") if getattr(args, key)}
-    if known["num_classes"] != len(classes) or known.get("classes", list(classes)) != list(classes):
+    net, known, report = checkpoint.open_network(
+        args.restore_from, {"aspp": "full", "pixels": "imagenet"}, model=args.model, arch=args.arch, aspp=args.aspp,
+        pixels=args.pixels)
+    if list(known.get("classes", classes)) != list(classes) or known["num_classes"] != len(classes):
         raise UserError(f"{args.restore_from} tells {known['num_classes']} classes apart, not the {len(classes)} of "
                         f"this run ({', '.join(classes)}): choose --source, --target and --num-classes to fit")
-    net = build(known["model"], len(classes), known["arch"], known["aspp"], known["stride_on"])
-    loaded = checkpoint.load_into(net, weights, source=args.restore_from)
-    if loaded.missing or loaded.mismatched:
-        raise UserError(f"{args.restore_from} does not fill the network: {loaded}. Is --model or --arch wrong?")
-    return net, known, f"{args.restore_from}: {loaded}"
+    if known["model"] not in MODELS:
+        raise UserError(f"{args.restore_from} is a {known['model']}; self-training is for {', '.join(MODELS)}")
+    return net, known, f"{args.restore_from}: {report}"
 
 
 class Schedule(NamedTuple):
@@ -821,10 +819,8 @@ def demo(args: argparse.Namespace) -> int:
     session = train(args)
     if session.exit_code:
         return session.exit_code
-    weights, meta = checkpoint.read_weights(args.restore_from)
     data, run = session.validation.data, session.run
-    start = build(meta["model"], len(data.classes), meta["arch"], meta["aspp"], meta["stride_on"])
-    start.load_state_dict(weights)
+    start, _, _ = checkpoint.open_network(args.restore_from)
     scored = predict.Validation(data, args.input_size_target, session.validation.pixels, run, session.folder,
                                 bn_stats="running", workers=args.num_workers, max_pictures=0)
     scored.confusion = predict.score(start.to(run.device), data.validation, args.input_size_target, scored.pixels,

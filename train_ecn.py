@@ -56,7 +56,7 @@ from lib.runtime import as_float32
 from lib.session import Session
 
 SCORING = ("evaluate", "output_feature", "mirrored", "lmp", "dist_metric", "rerank", "bn_stats")  # flags of the scores
-# Settings of the methods; any flag given besides wins. lr_trunk is the rate of the pretrained layers.
+# Settings of the methods; flags given override them. lr_trunk is the rate of the pretrained layers.
 METHODS = {"ecn": dict(features=4096, epochs=60, bn="ecn"), "ide": dict(features=1024, epochs=50, bn="train"),
            "camstyle": dict(features=1024, epochs=50, bn="train", camstyle=46)}
 PRESETS = {
@@ -70,7 +70,7 @@ PRESETS = {
 # --demo: a ResNet-18 from random weights on the rendered pair
 DEMO = dict(source="plaza", target="campus", data_dir="data/demo/persons/{seed}", snapshot_dir="logs/demo/{seed}",
             arch="resnet18", features=256, restore_from="none", height=64, width=32, num_workers=0, batch_size=32,
-            learning_rate=0.05, lr_trunk=0.05, epochs=30, epochs_decay=20, bn="train")
+            learning_rate=0.05, lr_trunk=0.05, epochs=20, epochs_decay=14, bn="train", save_num_images=6)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -127,8 +127,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--bn-stats", choices=["running", "target"], default="running",
                        help="target: re-estimate BN statistics on the target's training images before scoring")
     score.add_argument("--lmp", type=flags.natural, default=0, help="maxima of that many horizontal parts (SPGAN)")
-    score.add_argument("--dist-metric", choices=["euclidean", "cosine"], default="euclidean",
-                       help="features have length 1, so that both give one ranking; re-ranking tells them apart")
+    score.add_argument("--dist-metric", choices=["euclidean", "kissme"], default="euclidean",
+                       help="kissme: a distance learnt from the source's training images")
     score.add_argument("--rerank", action="store_true", help="scores after k-reciprocal re-ranking too")
     p.conflict_handler = "resolve"  # the release's names for flags of the run
     run = flags.add_run(p)
@@ -146,6 +146,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.method == "ecn" and args.epochs and args.inv_alpha * (args.epochs - 1) > 1:
         p.error(f"--inv-alpha {args.inv_alpha}: alpha of Eq. 2 is that times the epoch and must stay below 1, in "
                 f"{args.epochs} epochs too")
+    if args.lmp and args.output_feature == "fc":
+        p.error("--lmp takes the parts of pool5, not of fc")
+    if args.preset == "spgan" and not args.features:
+        p.error("--preset spgan has an embedding: --features 512")
     if args.method == "camstyle" and not args.camstyle:
         p.error("--method camstyle needs style images in a step: --camstyle 46")
     return args
@@ -287,9 +291,11 @@ def initialise(net: IDNet | SPGANNet, weights: dict[str, Tensor] | None, source:
     return checkpoint.initialise(net, weights, heads=True, source=source)
 
 
-def validation_of(args: argparse.Namespace, target: PersonSet, pixels: str, run: runtime.Run) -> PersonValidation:
+def validation_of(args: argparse.Namespace, source: PersonSet | None, target: PersonSet, pixels: str,
+                  run: runtime.Run) -> PersonValidation:
     return PersonValidation(target, TestTransform((args.height, args.width), pixels), run, bn_stats=args.bn_stats,
-                            rerank=args.rerank, panels=Path(args.snapshot_dir) / "ranks",
+                            metric_from=source.train if args.dist_metric == "kissme" else (), rerank=args.rerank,
+                            panels=Path(args.snapshot_dir) / "ranks",
                             max_panels=args.save_num_images, workers=args.num_workers, output=args.output_feature,
                             mirrored=args.mirrored, lmp=args.lmp)
 
@@ -348,7 +354,7 @@ def train(args: argparse.Namespace) -> Session:
         return {"script": "train_ecn.py", "iteration": iteration, "method": args.method, "pixels": pixels,
                 "size": list(size), "source": args.source, "target": args.target}
 
-    validation = validation_of(args, target, pixels, run) if target.query and target.gallery else None
+    validation = validation_of(args, source, target, pixels, run) if target.query and target.gallery else None
     with Session(run, args, folder, modules, [optimizer], scaler=scaler, meta=meta_of, validation=validation,
                  free={"epochs", "num_steps", *SCORING}) as session:
         session.header({
@@ -403,9 +409,12 @@ def evaluate(args: argparse.Namespace) -> int:
     path = args.resume or f"{args.snapshot_dir}/checkpoint.pth.tar"
     weights, meta = checkpoint.read_weights(path)
     net = run.place_net(from_weights(weights, path))
+    source = None
+    if args.dist_metric == "kissme":
+        source = open_persons(args.data_dir, args.source, ["train"], msmt_val=args.msmt_val)
     target = open_persons(args.data_dir, args.target, msmt_val=args.msmt_val)
     check(target)
-    validation = validation_of(args, target, args.pixels or meta.get("pixels", "imagenet"), run)
+    validation = validation_of(args, source, target, args.pixels or meta.get("pixels", "imagenet"), run)
     validation.score(net)
     validation.report()
     return 0
@@ -426,6 +435,7 @@ def demo(args: argparse.Namespace) -> int:
         if session.exit_code:
             return session.exit_code
         rows[name] = session.validation.scores
+        panels = session.validation.panels
         if name == "source only":
             session.validation.bn_stats = "target"
             rows["source only, target BN"] = session.validation.score(session.net)
@@ -433,6 +443,7 @@ def demo(args: argparse.Namespace) -> int:
     print(f"{'':{width}}     R1     R5    R10    mAP")
     for name, row in rows.items():
         print(f"{name:{width}} " + " ".join(f"{row[key]:6.1f}" for key in ("R1", "R5", "R10", "mAP")))
+    print(f"rank panels: {panels}, and beside the other runs")
     return 0
 
 

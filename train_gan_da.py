@@ -54,7 +54,7 @@ SOURCE_REAL, SOURCE_FAKE, TARGET_REAL, TARGET_FAKE = range(4)  # D's domain clas
 # of every term, with weights that let L1 shape G and D reach F within a short training from random weights (not tuned);
 # the published ratios would be (1 / number of D's patches, 0.1 / 64, 0.1 / 64).
 WEIGHTS = {"sum": (1.0, 0.1, 0.1), "mean": (10.0, 0.1, 0.1)}
-# --demo: settings for a narrow FCN-8s from random weights on the rendered pair; any flag given besides wins.
+# --demo: settings for a narrow FCN-8s from random weights on the rendered pair; flags given override them.
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_gan/{seed}", width=0.125, padding="same",
             input_size=(96, 48), input_size_target=(96, 48), reduction="mean", batch_size=4, num_steps=1200,
             learning_rate=1e-3, lr_g=1e-3, lr_d=3e-4, lr_epochs=15, adv_weight=0.03, random_mirror=True,
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--low-memory", action="store_true", help="recomputed: run F twice, hold one graph at a time")
     net = flags.add_network(p)
     net.add_argument("--base", choices=["fcn8s", "deeplab"], default="fcn8s", help="F and C")
-    net.add_argument("--width", type=flags.positive, default=1.0, help="share of the channels of FCN-8s, G and D")
+    net.add_argument("--width", type=flags.scale, default=1.0, help="share of the channels of FCN-8s, G and D")
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
     net.add_argument("--dropout", type=flags.below_one, default=0.5, help="after fc6 and fc7")
@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--ignore-label", type=flags.label, default=255,
                       help="class index without loss; void labels get it")
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batchSize", "--batch-size", dest="batch_size", type=flags.count, default=1,
+    opt.add_argument("--batchSize", "--batch-size", dest="batch_size", type=flags.batch, default=1,
                      help="pairs a process")
     opt.add_argument("--num_iters", "--num-steps", dest="num_steps", type=flags.count, default=100000)
     opt.add_argument("--optimizer", choices=["Adam", "SGD"], default="Adam", help="of F and C")
@@ -601,7 +601,7 @@ def train(args: argparse.Namespace) -> Session:
                           apply=apply, order=args.order, low_memory=args.low_memory, scale=scaler.scale)
             scaler.update()
             session.end_step(losses, names, lr=lr)
-            if session.validates_now() and gen is not None and run.is_main and args.save_num_images:
+            if session.is_due(args.eval_every) and gen is not None and run.is_main and args.save_num_images:
                 reconstructions(nets, data, (size_s, size_t), pixels, args.save_num_images,
                                 folder / "reconstructions" / f"{i + 1}.png")
     return session

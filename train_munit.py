@@ -23,24 +23,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, runtime, visual
-from lib.datasets.description import load_description
+from lib import checkpoint, flags, ops, runtime, visual
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
+from lib.datasets.pictures import read_image
 from lib.datasets.unpaired import (
     FlipResizeCrop,
     find_domains,
     from_symmetric,
     open_domains,
-    read_picture,
     short_side_size,
     to_symmetric,
 )
+from lib.demo.streets import render_demo
+from lib.demo.translation import compare_translations
 from lib.errors import UserError
 from lib.files import atomic_write
-from lib.models.segmenter import FrozenSegmenter, load_segmenter
+from lib.models.segmenter import FrozenSegmenter, load_segmenter, loss_semantic
 from lib.models.translation import (
     ACTIVATIONS,
     PADDINGS,
@@ -54,21 +57,19 @@ from lib.models.translation import (
     load_vgg16,
     read_pair,
 )
+from lib.optim import GuardedStep
 from lib.runtime import as_float32
 from lib.session import Session
 
-# the release's keys of a configuration whose flag is called otherwise
+# the release's keys of a configuration whose flag is called otherwise; gen: {dim: 64} is --gen-dim, {n_res: 4} --n-res
 RENAMED = {"snapshot_save_iter": "save_pred_every", "image_save_iter": "eval_every", "display_size": "save_num_images",
-           "log_iter": "log_every", "gen.dim": "gen_dim", "gen.activ": "gen_activ", "gen.pad_type": "gen_pad_type",
-           "gen.mlp_dim": "mlp_dim", "gen.style_dim": "style_dim", "gen.n_downsample": "n_downsample",
-           "gen.n_res": "n_res", "dis.dim": "dis_dim", "dis.norm": "dis_norm", "dis.activ": "dis_activ",
-           "dis.pad_type": "dis_pad_type", "dis.n_layer": "n_layer", "dis.gan_type": "gan_type",
-           "dis.num_scales": "num_scales"}
+           "log_iter": "log_every"}
 # keys that may have this value only: RGB pictures, and a loss that the release does not compute
 FIXED = {"input_dim_a": 3, "input_dim_b": 3, "recon_h_w": 0}
-MAX_SKIPPED = 20  # steps in a row
-# --demo: narrow networks on the rendered pair
-DEMO = dict(**flags.DEMO_DATA)
+# --demo: narrow networks on the rendered pair, which keep twice the usual resolution
+DEMO = dict(**flags.DEMO_DATA, new_size=96, crop_image_height=96, crop_image_width=96, gen_dim=16, dis_dim=16,
+            n_downsample=1, n_res=3, mlp_dim=64, recon_x_cyc_w=10.0, lr=5e-4, max_iter=800, step_size=400,
+            save_pred_every=400, log_every=50)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -137,7 +138,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.recon_x_cyc_w is None:
         args.recon_x_cyc_w = 10.0 if args.trainer == "UNIT" else 0.0
     if args.snapshot_dir is None:
-        args.snapshot_dir = str(Path(args.output_path) / "outputs" / (Path(config).stem if config else args.trainer))
+        name = f"demo_{args.trainer}_{args.random_seed}" if args.demo else Path(config).stem if config else args.trainer
+        args.snapshot_dir = str(Path(args.output_path) / "outputs" / name)
     least, multiple = 64, 2 ** args.n_downsample
     for name in ("crop_image_height", "crop_image_width"):
         if getattr(args, name) < least or getattr(args, name) % multiple:
@@ -168,14 +170,18 @@ def config_flags(path: Path, known: set[str]) -> list[str]:
     values = {}
     for key, value in entries.items():
         values |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value}
-    names = {key: RENAMED.get(key, key) for key in values if key not in FIXED}
-    unknown = [key for key, name in names.items() if name not in known or name in ("config", "trainer")]
-    unknown += [f"{key}: {values[key]} (it must be {FIXED[key]})" for key in FIXED
-                if key in values and values[key] != FIXED[key]]
+
+    def flag_of(key: str) -> str | None:
+        names = RENAMED.get(key), key.replace(".", "_"), key.partition(".")[2] or key
+        return next((name for name in names if name in known - {"config", "trainer"}), None)
+
+    unknown = [f"{key}: {value} (it must be {FIXED[key]})" if key in FIXED else key for key, value in values.items()
+               if value != FIXED.get(key, value) or key not in FIXED and flag_of(key) is None]
     if unknown:
         raise UserError(f"--config {path}: {len(unknown)} key{'s' * (len(unknown) > 1)} not known here: "
                         f"{', '.join(unknown)}")
-    return [f"--{name.replace('_', '-')}={values[key]}" for key, name in names.items() if values[key] is not None]
+    return [f"--{flag_of(key).replace('_', '-')}={value}" for key, value in values.items()
+            if key not in FIXED and value is not None]
 
 
 # --- networks and losses: images are RGB [N, 3, H, W] in -1..1 --------------------------------------------------------
@@ -236,15 +242,6 @@ def loss_kl(h: Tensor) -> Tensor:
 def loss_vgg(vgg: nn.Module, x: Tensor, content: Tensor) -> Tensor:
     """MUNIT section 5.1: distance of instance-normalised relu5_3 features, which leaves the style out."""
     return F.mse_loss(F.instance_norm(as_float32(vgg(x))), F.instance_norm(as_float32(vgg(content))))
-
-
-def loss_semantic(segmenter: nn.Module, fake: Tensor, x: Tensor, y: Tensor | None = None, ignore: int = 255) -> Tensor:
-    """CyCADA Eq. 6: cross-entropy of f(fake) with argmax f(x), or with the labels y int64 [N, H, W] of x."""
-    if y is None:
-        with torch.no_grad():
-            y = segmenter(x).argmax(1)
-    total = F.cross_entropy(as_float32(segmenter(fake)), y, ignore_index=ignore, reduction="sum")
-    return total / (y != ignore).sum().clamp(min=1)
 
 
 class Weights(NamedTuple):
@@ -337,6 +334,8 @@ WEIGHT_OF = {"adv": "gan_w", "recon_x": "recon_x_w", "recon_s": "recon_s_w", "re
              "cycrecon_x": "recon_x_cyc_w", "cyc_x": "recon_x_cyc_w", "recon_kl": "recon_kl_w",
              "recon_kl_cyc": "recon_kl_cyc_w", "vgg": "vgg_w", "semantic": "lambda_semantic"}
 
+UNUSED = {"MUNIT": ("recon_kl_w", "recon_kl_cyc_w"), "UNIT": ("recon_s_w", "recon_c_w")}
+
 
 def term_of(name: str) -> str:
     """The key of WEIGHT_OF for a loss: "recon_kl_cyc" for "recon_kl_cyc_aba"."""
@@ -401,40 +400,6 @@ def draws(seed: int, i: int, run: runtime.Run, batch: int) -> Draw:
     return draw
 
 
-class GuardedStep:
-    """Backward pass and optimiser step, which is skipped where the norm of the gradient is not sane.
-
-    One white crop gives gradients of 1e31, and infinite ones, while the loss stays finite: each of eleven instance
-    norms in a row may multiply by 1 / sqrt(1e-5). Such a step would spoil Adam's moments for thousands of iterations.
-    Raises UserError after MAX_SKIPPED steps in a row.
-    """
-
-    def __init__(self, run: runtime.Run, modules: Mapping[str, nn.Module],
-                 optimizers: Mapping[str, torch.optim.Optimizer], scaler: torch.amp.GradScaler, max_gradient: float):
-        self.run, self.modules, self.optimizers, self.scaler = run, modules, optimizers, scaler
-        self.max_gradient, self.in_a_row = max_gradient, 0
-        self.where = ""     # of the iteration, for the message
-
-    def __call__(self, part: str, loss: Tensor) -> None:
-        optimizer = self.optimizers[part]
-        optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.run.average_gradients([self.modules[part]])
-        self.scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.modules[part].parameters() if p.grad is not None]).item()
-        overflow = self.run.amp == "fp16" and not np.isfinite(norm)  # the scaler's business
-        if norm <= self.max_gradient or overflow:
-            self.scaler.step(optimizer)
-            self.in_a_row = 0
-            return
-        self.in_a_row += 1
-        self.run.say(f"{self.where}: the gradient of {part} has the norm {norm:.3g}, its step is skipped")
-        if self.in_a_row == MAX_SKIPPED:
-            raise UserError(f"{self.where}: {MAX_SKIPPED} steps in a row had gradients above --max-gradient "
-                            f"{self.max_gradient:g}: the weights are spoilt, or the pictures are. Go on from an older "
-                            "checkpoint with a lower --lr")
-
-
 def padded(x: Tensor, multiple: int) -> Tensor:
     """x [N, C, H, W] continued by reflection to the right and below, to sides that are multiples."""
     return F.pad(x, (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple), mode="reflect")
@@ -492,8 +457,8 @@ class Panels:
             picture.save(path)
 
     def read(self, path: Path, short: int) -> Tensor:
-        image = read_picture(path)
-        image = image.resize(short_side_size(image.size, short))
+        image = read_image(path)
+        image = image.resize(short_side_size(image.size, short), Image.Resampling.BILINEAR)  # as in training
         return to_symmetric(image)[None].to(self.run.device)
 
     def row(self, here: Generator, there: Generator, x: Tensor, other: Tensor,
@@ -554,6 +519,7 @@ def train(args: argparse.Namespace) -> Session:
     """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
+    ops.use(args.ops)
     folder, w = Path(args.snapshot_dir), Weights(**{name: getattr(args, name) for name in Weights._fields})
 
     # data
@@ -566,9 +532,8 @@ def train(args: argparse.Namespace) -> Session:
     segmenter = load_segmenter(args.segmenter) if args.segmenter else None
     labelled = None
     if args.labelled:
-        source = load_description(args.source)
-        labelled = ImageFolder(source, args.data_dir or source.root, args.source_set or source.sets["source"],
-                               segmenter.classes, None, task=load_description(segmenter.task), list_file=args.data_list)
+        source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+        labelled = ImageFolder(source, segmenter.classes, None, task=load_description(segmenter.task))
     crop = args.crop_image_width, args.crop_image_height
     data = open_domains(found, FlipResizeCrop(args.new_size_a, crop), FlipResizeCrop(args.new_size_b, crop),
                         args.random_seed, labelled, args.check_data)
@@ -601,8 +566,9 @@ def train(args: argparse.Namespace) -> Session:
             "weights": args.restore_from or f"none, random weights ({args.init})",
             "networks": f"{args.trainer}, {sum(p.numel() for p in gen.a.parameters()) / 1e6:.1f} M weights in each "
                         f"generator, {sum(p.numel() for p in dis.a.parameters()) / 1e6:.1f} M in each discriminator",
-            "losses": ", ".join(f"{name} {value:g}" for name, value in w._asdict().items() if value) +
-                      f", {args.gan_type}" + (f", VGG-16 {args.vgg_weights}" if vgg else ""),
+            "losses": ", ".join(f"{name} {value:g}" for name, value in w._asdict().items()
+                                if value and name not in UNUSED[args.trainer])
+                      + f", {args.gan_type}" + (f", VGG-16 {args.vgg_weights}" if vgg else ""),
             "domain A": f"{len(data.train_a)} pictures of {data.train_a.name}, short side {args.new_size_a}",
             "domain B": f"{len(data.train_b)} pictures of {data.train_b.name}, short side {args.new_size_b}",
             "batch": f"{args.batch_size} x {run.world} crops of {crop[0]}x{crop[1]}",
@@ -629,9 +595,28 @@ def train(args: argparse.Namespace) -> Session:
     return session
 
 
+def demo(args: argparse.Namespace) -> int:
+    """Train on the rendered pair, translate its source, and train a segmenter on the result."""
+    root = render_demo(Path(f"data/demo/{args.random_seed}"), seed=args.random_seed)
+    session = train(args)
+    if session.exit_code:
+        return session.exit_code
+    gen, run = session.modules["gen"], session.run
+    draw = draws(args.random_seed, 0, run, 1)
+
+    def translate(x: Tensor) -> Tensor:
+        """x_ab, with a random style."""
+        code = gen["a"].encode(padded(x, gen["a"].stride))
+        styles = [draw((1, gen["b"].style_dim, 1, 1))] if args.trainer == "MUNIT" else []
+        return gen["b"].decode(code, *styles)[:, :, :x.shape[2], :x.shape[3]]
+
+    compare_translations({args.trainer: translate}, root, session.folder / "demo", run, seed=args.random_seed)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    return train(args).exit_code
+    return demo(args) if args.demo else train(args).exit_code
 
 
 if __name__ == "__main__":

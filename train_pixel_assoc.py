@@ -44,7 +44,7 @@ from lib.optim import deeplab_sgd, set_poly_lr
 from lib.runtime import as_float32
 from lib.session import Session
 
-# --demo: settings for a ResNet-18 from random weights on the rendered pair; any flag given besides wins.
+# --demo: settings for a ResNet-18 from random weights on the rendered pair; flags given override them.
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_pixel_assoc/{seed}", arch="resnet18", input_size=(192, 96),
             input_size_target=(192, 96), batch_size=1, iter_size=1, num_steps=400, learning_rate=1e-2,
             save_pred_every=400, bn_stats="target", aggregate=False)  # at 25 x 13 features aggregation costs points
@@ -410,7 +410,7 @@ def train(args: argparse.Namespace) -> Session:
             scaler.step(optimizer)
             scaler.update()
             session.end_step(losses, names, lr=lr)
-            if session.validates_now() and validation is not None and args.save_num_images:
+            if validation is not None and session.is_due(args.eval_every) and args.save_num_images:
                 right = right_associations(net, data, sizes, pixels, args.alpha, args.save_num_images,
                                            folder / "pictures" / f"{i + 1}_associations.png", run)
                 session.log.scores(i + 1, {"right_associations": right})

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lib.datasets.description import load_description
+from lib.datasets.transforms import PIXELS
 from lib.errors import UserError
 from lib.files import atomic_write
-from lib.models.fcn8s import from_vgg16
+from lib.models.deeplab import build
+from lib.models.fcn8s import FCN8s, from_vgg16
 
 CONTAINERS = ("state_dict", "model_state_dict", "weights", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "Scale.")
@@ -81,6 +83,8 @@ def read_weights(path: str | Path, fcn: bool = False) -> tuple[dict[str, Tensor]
             break
     if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"checkpoint {path} holds no state dict (looked at the top and under {', '.join(CONTAINERS)})")
+    if not all(isinstance(key, str) for key in state):
+        raise UserError(f"checkpoint {path} holds tensors under numbers instead of names: is it an optimiser's state?")
     meta = dict(getattr(state, "segadapt", {}))
     weights = {}
     for key, value in state.items():
@@ -89,7 +93,11 @@ def read_weights(path: str | Path, fcn: bool = False) -> tuple[dict[str, Tensor]
                 key = key[len(prefix):]
             weights[key] = value
     if "fc.weight" in weights or "classifier.6.weight" in weights:
-        return from_torchvision(weights, fcn)
+        try:
+            return from_torchvision(weights, fcn)
+        except (KeyError, ValueError, IndexError, RuntimeError):
+            raise UserError(f"checkpoint {path} has the classifier of torchvision's ResNet or VGG-16, but not their "
+                            "layers: give weights of the network that --model or --arch names") from None
     if "classifier.0.convs.0.0.weight" in weights and container in ("weights", "model_state_dict") and not meta:
         return from_pixel_assoc(weights)
     return weights, meta
@@ -105,13 +113,23 @@ def initial_weights(restore_from: str | None, arch: str, fcn: bool = False) -> t
         return None, {}
     if restore_from != "imagenet":
         return read_weights(restore_from, fcn)
+    models = torchvision_models()
     try:
-        from torchvision.models import get_model_weights
-        state = get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError at import
-        raise UserError(f"--restore-from imagenet: torchvision could not give the weights of {arch} ({error}). Install "
-                        "the torchvision that fits your torch, go online once, or give a downloaded file") from None
+        state = models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    except Exception as error:  # no network, a broken file in the cache
+        raise UserError(f"--restore-from imagenet: the weights of {arch} cannot be fetched ({error}). Go online once, "
+                        "or give a downloaded file") from None
     return from_torchvision(state, fcn)
+
+
+def torchvision_models():
+    """The module torchvision.models. Raises UserError where torchvision is missing or does not fit torch."""
+    try:
+        import torchvision.models
+    except Exception as error:  # a torchvision built for another torch raises RuntimeError at import
+        raise UserError(f"torchvision cannot be used ({str(error).splitlines()[0]}). Install the one that belongs to "
+                        f"torch {torch.__version__}: pip install --force-reinstall torch torchvision") from None
+    return torchvision.models
 
 
 def from_torchvision(weights: Mapping[str, Tensor], fcn: bool = False) -> tuple[dict[str, Tensor], dict]:
@@ -148,13 +166,13 @@ def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
 
     Raises UserError when it is none of the networks of lib.models.
     """
-    if "upscore8.weight" in weights and "conv1_1.weight" in weights:
+    if "upscore8.weight" in weights and "conv1_1.weight" in weights and weights["upscore8.weight"].dim() == 4:
         return {"model": "FCN8s", "arch": "vgg16", "num_classes": weights["upscore8.weight"].shape[0],
                 "width": weights["fc7.weight"].shape[0] / 4096 if "fc7.weight" in weights else 1.0}
     heads = {"layer6.conv2d_list.0.weight": "DeeplabMulti", "layer5.conv2d_list.0.weight": "Deeplab",
              "classifier.conv2d_list.0.weight": "DeeplabVGG", "classifier.0.convs.0.0.weight": "DeeplabPixelAssoc"}
     for key, model in heads.items():
-        if key in weights:
+        if key in weights and weights[key].dim() == 4:
             stem = "backbone." if model == "DeeplabPixelAssoc" else ""
             arch = "vgg16" if model == "DeeplabVGG" else "resnet101" if f"{stem}layer3.22.conv1.weight" in weights \
                 else "resnet50" if f"{stem}layer1.0.conv3.weight" in weights else "resnet18"
@@ -163,6 +181,47 @@ def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
     some = ", ".join(list(weights)[:4])
     raise UserError(f"no segmentation network is recognised by these keys: {some}, ... "
                     f"(known heads: {', '.join(heads)}, upscore8.weight)")
+
+
+# What a checkpoint without metadata is taken for: the release of AdaptSegNet.
+CONVENTIONS = {"aspp": "released", "pixels": "caffe", "stride_on": "1x1", "align_corners": True, "bn_stats": "running",
+               "aggregate": 0.0, "task": "cityscapes"}
+# What metadata may say.
+CHECKS = {
+    "aspp": lambda v: v in ("released", "full"), "pixels": lambda v: v in PIXELS,
+    "stride_on": lambda v: v in ("1x1", "3x3"), "align_corners": lambda v: isinstance(v, bool),
+    "bn_stats": lambda v: v in ("running", "target", "both"), "task": lambda v: isinstance(v, str),
+    "aggregate": lambda v: isinstance(v, (int, float)) and 0 <= v <= 1,
+    "width": lambda v: isinstance(v, (int, float)) and 0 < v <= 8, "padding": lambda v: v in ("released", "same"),
+    "size": lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
+    "classes": lambda v: isinstance(v, (list, tuple)) and all(isinstance(name, str) for name in v)}
+
+
+def open_network(path: str | Path, defaults: Mapping[str, object] | None = None,
+                 **given: object) -> tuple[nn.Module, dict[str, object], LoadReport]:
+    """The segmentation network of a checkpoint, what is known of it, and the report of loading.
+
+    What is known comes from ``given`` where it is not None (model, arch, aspp, pixels), else from the file's metadata,
+    its keys, ``defaults`` and CONVENTIONS, in this order. Raises UserError where the file holds no such network, does
+    not fill it, or has metadata that makes no sense.
+    """
+    weights, meta = read_weights(path)
+    known = {**CONVENTIONS, **(defaults or {}), **recognise(weights), **meta}
+    for key, is_valid in CHECKS.items():
+        if key in known and not is_valid(known[key]):
+            raise UserError(f"checkpoint {path} says {key} = {known[key]!r} of its network, which makes no sense")
+    if len(known.get("classes", range(known["num_classes"]))) != known["num_classes"]:
+        raise UserError(f"checkpoint {path} names {len(known['classes'])} classes, but its head has "
+                        f"{known['num_classes']}")
+    known |= {key: value for key, value in given.items() if value is not None}
+    if known["model"] == "FCN8s":
+        net = FCN8s(known["num_classes"], known.get("width", 1.0), known.get("padding", "released"))
+    else:
+        net = build(known["model"], known["num_classes"], known["arch"], known["aspp"], known["stride_on"])
+    report = load_into(net, weights, source=str(path))
+    if report.missing or report.mismatched:
+        raise UserError(f"{path} does not fill the network: {report}. Is --model or --arch wrong?")
+    return net, known, report
 
 
 @dataclass
@@ -217,6 +276,10 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
     if report.backbone_share < floor:
         raise UserError(f"{source or 'the checkpoint'} fits only {100 * report.backbone_share:.1f} % of the backbone "
                         f"(at least {100 * floor:.0f} % are needed): {report}. Is it of another --model or --arch?")
+    spoilt = next((key for key, value in fitting.items() if not value.isfinite().all()), None)
+    if spoilt is not None:
+        raise UserError(f"{source or 'the checkpoint'} holds NaN or infinite values, in {spoilt} first: choose an "
+                        "older one")
     net.load_state_dict(fitting, strict=False)
     return report
 

@@ -19,30 +19,34 @@ def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callabl
     return parse
 
 
-count = _number(int, lambda n: n > 0, "a whole number of at least 1")
-natural = _number(int, lambda n: n >= 0, "a whole number of at least 0")
+count = _number(int, lambda n: 0 < n <= 10**9, "a whole number from 1 to 1000000000")
+natural = _number(int, lambda n: 0 <= n <= 10**9, "a whole number from 0 to 1000000000")
+batch = _number(int, lambda n: 0 < n <= 4096, "a whole number from 1 to 4096")
+workers = _number(int, lambda n: 0 <= n <= 256, "a whole number from 0 to 256")
 seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
 label = _number(int, lambda n: 0 <= n <= 255, "a whole number from 0 to 255")
 amount = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 positive = _number(float, lambda x: 0 < x < math.inf, "a number above 0")
+scale = _number(float, lambda x: 0.01 <= x <= 16, "a number from 0.01 to 16")
 share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 below_one = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
 def scales(text: str) -> tuple[float, ...]:
-    """Numbers above 0, separated by commas. Raises argparse.ArgumentTypeError."""
+    """Numbers from 0.01 to 16, separated by commas. Raises argparse.ArgumentTypeError."""
     try:
-        return tuple(map(positive, text.split(",")))
+        return tuple(map(scale, text.split(",")))
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected numbers above 0 such as 0.9,1.0,1.2, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected numbers from 0.01 to 16 such as 0.9,1.0,1.2, not {text!r}") \
+            from None
 
 
 def size(text: str) -> tuple[int, int]:
-    """Two whole numbers above 0. Raises argparse.ArgumentTypeError."""
-    first, _, second = text.partition(",")
-    if not (first.isdigit() and second.isdigit() and int(first) and int(second)):
-        raise argparse.ArgumentTypeError(f"expected two whole numbers above 0 such as 1024,512, not {text!r}")
-    return int(first), int(second)
+    """Two whole numbers from 1 to 16384. Raises argparse.ArgumentTypeError."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part[:6]) <= 16384 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected two whole numbers from 1 to 16384 such as 1024,512, not {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
 # --- groups of flags that scripts share; a script gives its own defaults by parser.set_defaults ---------------------
@@ -70,19 +74,28 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[
                           for key, value in demo.items()})
     args = p.parse_args(argv)
     args.overwrite = args.overwrite or (args.demo and args.resume in (None, False))
-    args.eval_every = args.eval_every or args.save_pred_every
+    if "eval_every" in args:
+        args.eval_every = args.eval_every or args.save_pred_every
     return args
 
 
-def add_network(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_network(p: argparse.ArgumentParser, trained: bool = False) -> argparse._ArgumentGroup:
+    """trained: --restore-from names a trained network, whose architecture and pixel convention it tells."""
     from lib.datasets.transforms import PIXELS  # here, since compute_iou.py takes its types from this file
     from lib.models.deeplab import ARCHITECTURES  # and starts without torch
 
     group = p.add_argument_group("network")
-    group.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101", help="backbone of DeepLab")
-    group.add_argument("--restore-from", metavar="FILE|imagenet", help="initial weights in any dialect; none: random")
-    group.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
-    group.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else caffe)")
+    if trained:
+        group.add_argument("--restore-from", metavar="FILE", help="a source-trained network, in any dialect")
+        group.add_argument("--arch", choices=list(ARCHITECTURES), help="default: recognised by the checkpoint's keys")
+        group.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else imagenet")
+    else:
+        group.add_argument("--restore-from", metavar="FILE|imagenet",
+                           help="initial weights in any dialect; none: random")
+        group.add_argument("--not-restore-last", action="store_true", help="leave the heads of --restore-from out")
+        group.add_argument("--arch", choices=list(ARCHITECTURES), default="resnet101", help="backbone of DeepLab")
+        group.add_argument("--pixels", choices=list(PIXELS),
+                           help="pixel convention (default: the weights', else caffe)")
     group.add_argument("--num-classes", type=count, help="how many of the target's classes (default: all shared)")
     return group
 
@@ -102,7 +115,7 @@ def add_data(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--input-size", type=size,
                        help="width,height that source images are resized to (default: the description's)")
     group.add_argument("--input-size-target", type=size, help="width,height that target images are resized to")
-    group.add_argument("--num-workers", type=natural, default=min(4, os.cpu_count() or 1),
+    group.add_argument("--num-workers", type=workers, default=min(4, os.cpu_count() or 1),
                        help="loader processes of each data set")
     group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     return group
@@ -127,7 +140,7 @@ def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         group.add_argument(f"--data-list{option}", help=f"file with one image of the {domain} a line")
     group.add_argument("--source-set", help="set of the source (default: the description's)")
     group.add_argument("--set", help="set of the target (default: the description's)")
-    group.add_argument("--num-workers", type=natural, default=min(4, os.cpu_count() or 1),
+    group.add_argument("--num-workers", type=workers, default=min(4, os.cpu_count() or 1),
                        help="loader processes of each domain")
     group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     return group
@@ -135,7 +148,7 @@ def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = p.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=count, default=1, help="pairs a process and backward pass")
+    group.add_argument("--batch-size", type=batch, default=1, help="pairs a process and backward pass")
     group.add_argument("--learning-rate", type=amount, default=2.5e-4, help="heads take 10 times as much")
     group.add_argument("--momentum", type=below_one, default=0.9)
     group.add_argument("--weight-decay", type=amount, default=5e-4)
@@ -144,8 +157,10 @@ def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None,
-            resume_file: bool = False) -> argparse._ArgumentGroup:
-    """aliases: second names for flags, from a release. resume_file: --resume may name a file."""
+            resume_file: bool = False, evaluations: bool = True) -> argparse._ArgumentGroup:
+    """aliases: second names for flags, from a release. resume_file: --resume may name a file. evaluations: the run is
+    scored every --eval-every iterations.
+    """
     group = p.add_argument_group("run")
     names = {flag: [flag, *([aliases[flag]] if aliases and flag in aliases else [])]
              for flag in ("--snapshot-dir", "--eval-every")}
@@ -158,8 +173,9 @@ def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None
         group.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in the snapshot folder")
     group.add_argument("--save-pred-every", type=count, default=5000, help="iterations between snapshots")
-    group.add_argument(*names["--eval-every"], type=count,
-                       help="iterations between evaluations (default: as snapshots)")
+    if evaluations:
+        group.add_argument(*names["--eval-every"], type=count,
+                           help="iterations between evaluations (default: as snapshots)")
     group.add_argument("--save-num-images", type=natural, default=2, help="pictures at each evaluation")
     group.add_argument("--log-every", type=count, default=10, help="iterations between log lines")
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")

@@ -6,11 +6,17 @@ every occurrence in turn; newer versions do something else. ReleasedSGD performs
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lib.errors import UserError
 from lib.models.deeplab import DeeplabVGG, named_groups
+from lib.runtime import Run
+
+MAX_SKIPPED = 20  # steps of a GuardedStep in a row
 
 
 class ReleasedSGD(torch.optim.Optimizer):
@@ -95,3 +101,47 @@ def set_poly_lr(optimizer: torch.optim.Optimizer, base: float, iteration: int, n
     return lr
 
 
+class GuardedStep:
+    """Backward pass and optimiser step, which is skipped where the norm of the gradient is not sane.
+
+    A crop of one colour gives gradients of 1e31, and infinite ones, while the loss stays finite: each of eleven
+    instance norms in a row may multiply by 1 / sqrt(1e-5). Such a step would spoil Adam's moments for thousands of
+    iterations. Raises UserError after MAX_SKIPPED steps in a row.
+    """
+
+    def __init__(self, run: Run, modules: Mapping[str, nn.Module],
+                 optimizers: Mapping[str, torch.optim.Optimizer], scaler: torch.amp.GradScaler, max_gradient: float):
+        self.run, self.modules, self.optimizers, self.scaler = run, modules, optimizers, scaler
+        self.max_gradient = max_gradient
+        self.in_a_row = dict.fromkeys(modules, 0)   # skipped steps of each part
+        self.stepped = dict.fromkeys(modules, True)
+        self.where = ""     # of the iteration, for the message
+
+    def __call__(self, part: str, loss: Tensor) -> None:
+        self.backward(part, loss)
+        self.step(part)
+
+    def backward(self, part: str, loss: Tensor) -> None:
+        """Gradients of one of several losses, whose sum the next step follows."""
+        if self.stepped[part]:
+            self.optimizers[part].zero_grad()
+            self.stepped[part] = False
+        self.scaler.scale(loss).backward()
+
+    def step(self, part: str) -> None:
+        optimizer, parameters = self.optimizers[part], self.modules[part].parameters()
+        self.stepped[part] = True
+        self.run.average_gradients([self.modules[part]])
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+        overflow = self.run.amp == "fp16" and not np.isfinite(norm)  # the scaler's business
+        if norm <= self.max_gradient or overflow:
+            self.scaler.step(optimizer)
+            self.in_a_row[part] = 0
+            return
+        self.in_a_row[part] += 1
+        self.run.say(f"{self.where}: the gradient of {part} has the norm {norm:.3g}, its step is skipped")
+        if self.in_a_row[part] == MAX_SKIPPED:
+            raise UserError(f"{self.where}: {MAX_SKIPPED} steps in a row had gradients above --max-gradient "
+                            f"{self.max_gradient:g}: the weights are spoilt, or the pictures are. Go on from an older "
+                            "checkpoint with a lower --lr")

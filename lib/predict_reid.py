@@ -69,6 +69,28 @@ def reestimate_bn(net: IDNet | SPGANNet, people: Sequence[Person], transform: Te
     return net.eval()
 
 
+def kissme(features: Tensor, identities: np.ndarray) -> Tensor:
+    """KISSME (Koestinger et al., CVPR 2012): L [D, D], so that |x L - y L| is the learned distance.
+
+    features: [N, D] of labelled images; identities: [N]. M = cov(x - y, same person)^-1 - cov(x - y, two people)^-1,
+    with a thousandth of the mean variance added to both, and without its negative part; L L^T = M.
+    """
+    x = features.double() - features.double().mean(0)
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(np.unique(identities, return_inverse=True)[1]))
+    one_hot = one_hot.to(x)                                          # [N, people]
+    count = one_hot.sum(0)
+    weight = one_hot @ count                                         # how many images a person has
+    centred = x - one_hot @ ((one_hot.t() @ x) / count[:, None])
+    same = centred.t() @ (weight[:, None] * centred)                 # sums over all pairs of (x - y)(x - y)^T
+    every = len(x) * x.t() @ x
+    pairs = (count * (count - 1)).sum() / 2
+    ridge = torch.eye(x.shape[1]).to(x) * x.var(0).mean() / 1000
+    inverse = [torch.linalg.inv(total / n + ridge)
+               for total, n in ((same, pairs), (every - same, len(x) * (len(x) - 1) / 2 - pairs))]
+    value, vector = torch.linalg.eigh(inverse[0] - inverse[1])
+    return (vector * value.clamp(min=0).sqrt()).to(features.dtype)
+
+
 def names_of(people: Sequence[Person]) -> tuple[np.ndarray, np.ndarray]:
     """(identities, cameras), int64 [N] each."""
     return tuple(np.array([getattr(p, key) for p in people], np.int64) for key in ("identity", "camera"))
@@ -131,13 +153,15 @@ class PersonValidation:
 
     No best is kept: choosing a snapshot by these scores would need the target's labels. bn_stats "target": BN
     statistics are re-estimated on the target's training images first. rerank: a second line of scores, after
-    re-ranking. panels: folder for ``max_panels`` rank lists at each evaluation. features: arguments of ``extract``.
+    re-ranking. metric_from: labelled images (the source's) that KISSME learns a distance from. panels: folder for
+    ``max_panels`` rank lists at each evaluation. features: arguments of ``extract``.
     """
 
     def __init__(self, data: PersonSet, transform: TestTransform, run: Run, *, bn_stats: str = "running",
-                 rerank: bool = False, panels: Path | None = None, max_panels: int = 0, workers: int = 0, **features):
+                 rerank: bool = False, metric_from: Sequence[Person] = (), panels: Path | None = None,
+                 max_panels: int = 0, workers: int = 0, **features):
         self.data, self.transform, self.run, self.bn_stats = data, transform, run, bn_stats
-        self.panels, self.max_panels = panels, max_panels
+        self.metric_from, self.panels, self.max_panels = metric_from, panels, max_panels
         self.rerank, self.workers, self.features = rerank, workers, features
         self.iteration: int | None = None   # of the last call
         self.scores: dict[str, float] = {}
@@ -158,14 +182,18 @@ class PersonValidation:
         """The scores of ``net``, which is left as it is. panel: file name of the rank lists."""
         if self.bn_stats == "target":
             net = reestimate_bn(net, self.data.train, self.transform, self.run, workers=self.workers)
-        query, gallery = (extract(net, people, self.transform, self.run, workers=self.workers, **self.features)
-                          for people in (self.data.query, self.data.gallery))
+        query, gallery, learnt = (
+            extract(net, people, self.transform, self.run, workers=self.workers, **self.features) if people else None
+            for people in (self.data.query, self.data.gallery, self.metric_from))
+        if learnt is not None:
+            metric = kissme(learnt, names_of(self.metric_from)[0])
+            query, gallery = query @ metric, gallery @ metric
         self.scores = scores_of(query, gallery, self.data)
         if self.panels is not None and self.max_panels and self.run.is_main:
             visual.save(rank_panel(query, gallery, self.data, self.max_panels), self.panels / panel)
         if self.rerank:
             again = scores_of(query, gallery, self.data, rerank=True)
-            self.scores |= {f"reranked_{key}": value for key, value in again.items() if key != "unmatched"}
+            self.scores = self.scores | {f"reranked_{key}": value for key, value in again.items() if key != "unmatched"}
         return self.scores
 
     def lines(self) -> str:

@@ -110,7 +110,7 @@ class Run:
         """Rows of x [N, ...] (detached) of all processes, in the order of their ranks: [N * world, ...]."""
         if self.world == 1:
             return x.detach()
-        parts = [torch.empty_like(x) for _ in range(self.world)]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world)]
         dist.all_gather(parts, x.detach().contiguous())
         return torch.cat(parts)
 

@@ -144,7 +144,7 @@ class Session:
             self.iteration = i + 1
             if self.iteration < self.log.total:
                 self.leave_if_asked()
-            is_snapshot = self._is_due(self.args.save_pred_every, self.iteration)
+            is_snapshot = self.is_due(self.args.save_pred_every, self.iteration)
             if is_snapshot and self.prefix is not None:
                 self.save_snapshot()
             if is_snapshot or self.exit_code:
@@ -169,17 +169,15 @@ class Session:
         require_finite(means, done, names, self.last_good)
         require_finite_weights(self.modules.values(), done, names, self.last_good)
         self.log.advance()
-        if self._is_due(self.args.log_every, done):
+        if self.is_due(self.args.log_every):
             self.log.losses(done, {**means, **values})
-        if self.validates_now():
+        if self.validation is not None and self.is_due(self.args.eval_every):
             self._validate(done)
 
-    def validates_now(self) -> bool:
-        """True for the iterations after which the network is validated."""
-        return self._is_due(self.args.eval_every, self.iteration + 1)
-
-    def _is_due(self, every: int, iteration: int) -> bool:
-        return (iteration - self.first) % every == 0 or iteration == self.stop_at
+    def is_due(self, every: int, done: int | None = None) -> bool:
+        """Whether the iteration at work (or number ``done``) ends an interval of ``every``, or is the last."""
+        done = self.iteration + 1 if done is None else done
+        return (done - self.first) % every == 0 or done == self.stop_at
 
     def leave_if_asked(self) -> bool:
         """Set ``exit_code``, and return True, where a signal has come to any process."""
@@ -188,8 +186,7 @@ class Session:
         return self.exit_code != 0
 
     def _validate(self, iteration: int) -> None:
-        if self.validation is not None:
-            self.validation(self.net, iteration, self.meta(iteration), self.log)
+        self.validation(self.net, iteration, self.meta(iteration), self.log)
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 

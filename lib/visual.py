@@ -23,11 +23,6 @@ def colour_map(label: np.ndarray, palette: np.ndarray, ignore: int = 255) -> Ima
     return image
 
 
-def save_colour(label: np.ndarray, palette: np.ndarray, path: Path, ignore: int = 255) -> None:
-    """Writes colour_map as a PNG, at the compression level that takes least time."""
-    colour_map(label, palette, ignore).save(path, compress_level=1)
-
-
 def overlay(image: Image.Image, label: np.ndarray, palette: np.ndarray, alpha: float = 0.5,
             ignore: int = 255) -> Image.Image:
     """The image with the classes' colours mixed in by `alpha` (0: image, 1: colours); ignored pixels stay.

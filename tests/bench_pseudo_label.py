@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib import ops, rounds  # noqa: E402
+from lib import ops, visual  # noqa: E402
 
 CLASSES, DS_RATE, PORTION = 19, 4, 0.2
 
@@ -115,7 +115,7 @@ def our_data_set(images, size, ids, folder):
     thresholds = ops.select_threshold(hist, PORTION, fine=fine).value
     for n, logits in enumerate(images):
         label = ops.pseudo_label(logits, thresholds, size).numpy()
-        rounds.write_png(Image.fromarray(ids[label]), folder / f"{n}.png")
+        visual.save(Image.fromarray(ids[label]), folder / f"{n}.png", compress_level=1)
     return thresholds.numpy()
 
 

@@ -2,7 +2,6 @@
 import pickle
 import sys
 from collections import OrderedDict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,21 +136,67 @@ def test_torchvision_vgg_numbers_shift_after_pool4(torchvision_vgg, tmp_path):
     assert marks == {0: 0, 21: 21, 23: 24, 25: 26, 27: 28}
 
 
-def test_imagenet_asks_torchvision(net, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("arch", ["resnet18", "vgg16"])
+def test_imagenet_weights_come_through_torchvision(arch, tmp_path, monkeypatch):
+    """The real torchvision, which finds the file in its cache."""
+    from torchvision.models import get_model, get_model_weights
 
-    def get_model_weights(arch):
-        asked.append(arch)
-        return SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(get_state_dict=lambda **_: torchvision_resnet(net)))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = get_model_weights(arch).IMAGENET1K_V1.url
+    cached = tmp_path / "hub/checkpoints" / url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    with torch.device("meta"):
+        state = get_model(arch).state_dict()
+    state = {k: torch.full(v.shape, 0.5, dtype=v.dtype) if v.is_floating_point() else torch.zeros_like(v, device="cpu")
+             for k, v in state.items() if not k.startswith("classifier.") or k == "classifier.6.weight"}
+    torch.save(state, cached)
+    weights, meta = checkpoint.initial_weights("imagenet", arch)
+    assert meta["pixels"] == "imagenet"
+    target = build("DeeplabVGG" if arch == "vgg16" else "Deeplab", CLASSES, arch)
+    report = checkpoint.load_into(target, weights)
+    assert report.backbone_share == 1
+    assert not report.unused
 
-    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torchvision.models", SimpleNamespace(get_model_weights=get_model_weights))
-    weights, meta = checkpoint.initial_weights("imagenet", "resnet18")
-    assert asked == ["resnet18"] and meta["pixels"] == "imagenet" and "conv1.weight" in weights
-    monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    with pytest.raises(UserError, match="torchvision could not give the weights of resnet18"):
+
+@pytest.mark.parametrize("error", [RuntimeError("operator torchvision::nms does not exist"), ImportError("no module")])
+def test_a_torchvision_that_fails_to_import_is_a_message(error, monkeypatch):
+    class Finder:
+        def find_spec(self, name, *_):
+            if name.partition(".")[0] == "torchvision":
+                raise error
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(UserError, match=r"torchvision cannot be used .*Install the one that belongs to torch"):
         checkpoint.initial_weights("imagenet", "resnet18")
-    assert checkpoint.initial_weights(None, "resnet18") == (None, {})
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"pixels": "bgr"}, "pixels = 'bgr'"), ({"aspp": 3}, "aspp = 3"), ({"size": [64]}, "size ="),
+    ({"classes": ["road"]}, "names 1 classes, but its head has 5"), ({"classes": 5}, "classes = 5"),
+    ({"align_corners": "yes"}, "align_corners")], ids=str)
+def test_metadata_that_makes_no_sense(net, changes, words, tmp_path):
+    checkpoint.save_weights(net, tmp_path / "f.pth", changes)
+    with pytest.raises(UserError, match=words):
+        checkpoint.open_network(tmp_path / "f.pth")
+
+
+def test_weights_that_are_not_finite(net, tmp_path):
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"holds NaN or infinite values, in layer1\.0\.conv1\.weight"):
+        checkpoint.load_into(fresh(), state)
+
+
+@pytest.mark.parametrize("state, words", [
+    ({0: torch.ones(1)}, "under numbers instead of names"),
+    ({"classifier.6.weight": torch.ones(1), "features.x.weight": torch.ones(1)}, "not their layers"),
+    ({"layer6.conv2d_list.0.weight": torch.tensor(1.0)}, "no segmentation network is recognised")], ids=str)
+def test_odd_keys(state, words, tmp_path):
+    torch.save(state, tmp_path / "f.pth")
+    with pytest.raises(UserError, match=words):
+        checkpoint.open_network(tmp_path / "f.pth")
 
 
 def test_a_written_file_is_a_plain_state_dict_with_a_memory(net, tmp_path):

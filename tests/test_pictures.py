@@ -4,17 +4,14 @@ import struct
 import subprocess
 import sys
 import zlib
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
 
 from lib.datasets import pictures
-from lib.datasets.folder import PictureFolder, endless
 from lib.datasets.pictures import check_pictures, find_pictures, read_image, spread
 from lib.errors import UserError
 
@@ -247,37 +244,6 @@ def test_a_check_lists_what_cannot_be_read(tmp_path):
         check_pictures(images)
     with pytest.raises(UserError, match="2 of the pictures.*\n.*001.png.*\n.*119.png"):
         check_pictures(images, check_all=True)
-
-
-# --- the data set -------------------------------------------------------------------------------------------------
-
-
-def shifted(image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1) / np.float32(255)) + float(rng.random())
-
-
-def test_draws_of_a_picture_folder_repeat(tmp_path):
-    for n in range(3):
-        saved(COLOURS[:, :4 + n], tmp_path / f"{n}.png")
-    data = PictureFolder(find_pictures(tmp_path), shifted, seed=5)
-    assert len(data) == 3 and data[2].size == (6, 6) and data.images[data[2].index].name == "2.png"
-    assert torch.equal(data[1, 7].image, data[1, 7].image) and not torch.equal(data[1, 7].image, data[1, 8].image)
-    assert not torch.equal(PictureFolder(data.images, shifted, seed=6)[1, 7].image, data[1, 7].image)
-
-
-@pytest.mark.filterwarnings("ignore:.*worker processes.*")
-def test_endless_batches_of_pictures(tmp_path):
-    for n in range(5):
-        saved(COLOURS, tmp_path / f"{n}.png")
-    data = PictureFolder(find_pictures(tmp_path), shifted)
-
-    def batches(workers: int, start: int = 0, count: int = 4) -> list:
-        return [(b.image.tolist(), b.index.tolist())
-                for b in islice(endless(data, 2, workers, seed=3, start=start), count)]
-
-    alone = batches(0)
-    assert batches(1) == alone and batches(0, start=2, count=2) == alone[2:]
-    assert sorted(sum((index for _, index in alone), [])[:5]) == list(range(5))
 
 
 def test_nothing_here_imports_torch():

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import fill, load_reference
+from conftest import fill, load_reference, scaled
 from torch import nn
 
 import train_munit as script
@@ -44,18 +44,24 @@ def assert_array(x: torch.Tensor, expected: np.ndarray, what: str = "") -> None:
     assert np.abs(x.detach().numpy() - expected).max() <= 1e-9 * np.abs(expected).max(), what
 
 
-def filled(net: nn.Module, keys, prefix: str) -> nn.Module:
+def filled(net: nn.Module, keys, prefix: str, checksums=None) -> nn.Module:
     """``net`` in float64 with the reference's weights; its own keys must be the reference's, in their order."""
     assert [[k, list(v.shape)] for k, v in net.state_dict().items()] == keys
     net = net.double()
-    net.load_state_dict(fill(keys, SEED, prefix))
+    net.load_state_dict(fill(keys, SEED, prefix, checksums))
     return net
 
 
+def checksums_of(part: str, prefix: str) -> dict:
+    """Those that the file holds of the weights of one network."""
+    return {k.removeprefix(prefix): v for k, v in INFO[part]["weight_checksums"].items() if k.startswith(prefix)}
+
+
 def generator(trainer: str, domain: str) -> nn.Module:
-    keys = INFO[TRAINERS[trainer]]["keys_gen"]
-    net = build_generator(fill(keys, SEED, f"gen_{domain}."))
-    return filled(net, keys, f"gen_{domain}.")
+    info = INFO[TRAINERS[trainer]]
+    keys, sizes = info["keys_gen"], info["hyperparameters"]["gen"]
+    net = build_generator(fill(keys, SEED, f"gen_{domain}."), sizes["activ"], sizes["pad_type"])
+    return filled(net, keys, f"gen_{domain}.", checksums_of(TRAINERS[trainer], f"gen_{domain}."))
 
 
 def discriminator(trainer: str, domain: str) -> nn.Module:
@@ -63,12 +69,12 @@ def discriminator(trainer: str, domain: str) -> nn.Module:
     sizes = info["hyperparameters"]["dis"]
     net = script.Discriminator(info["hyperparameters"][f"input_dim_{domain}"], sizes["dim"], sizes["n_layer"],
                                sizes["num_scales"], sizes["norm"], sizes["activ"], sizes["pad_type"])
-    return filled(net, info["keys_dis"], f"dis_{domain}.")
+    return filled(net, info["keys_dis"], f"dis_{domain}.", checksums_of(TRAINERS[trainer], f"dis_{domain}."))
 
 
 @pytest.fixture(scope="module")
 def vgg() -> Vgg16Features:
-    return filled(Vgg16Features("caffe"), INFO["vgg"]["keys"], "vgg.")
+    return filled(Vgg16Features("caffe"), INFO["vgg"]["keys"], "vgg.", checksums_of("vgg", ""))
 
 
 # --- layers and forward passes ----------------------------------------------------------------------------------------
@@ -103,8 +109,7 @@ def forward(trainer: str) -> dict[str, torch.Tensor]:
         out["x_bab"] = gen.b.decode(gen.a.encode(x_ba), out["s_b_prime"])
         out["a2b_with_style_of_x_b"] = gen.b.decode(c_a, out["s_b_prime"])
     else:
-        noise = torch.from_numpy(DATA["unit_noise_x32"][0] / 32)
-        _, _, n_a, n_b, n_b_recon, n_a_recon = noise
+        _, _, n_a, n_b, n_b_recon, n_a_recon = scaled(DATA, "unit_noise")[0]  # the first two are of the D update
         out["h_a"], out["h_b"] = h_a, h_b = gen.a.encode(x_a), gen.b.encode(x_b)
         out["x_a_recon"] = gen.a.decode(h_a + n_a)
         out["x_ba"], out["x_ab"] = x_ba, x_ab = gen.a.decode(h_b + n_b), gen.b.decode(h_a + n_a)
@@ -191,8 +196,9 @@ def full_width(net: nn.Module, name: str) -> nn.Module:
 @torch.no_grad()
 def test_full_width():
     """One pass through the networks with the defaults, which are the release's widths."""
-    info, x = INFO["full_width"], images("a")[:1, :, :64, :64]
-    munit = full_width(MunitGenerator(), "munit_gen")
+    info, munit = INFO["full_width"], full_width(MunitGenerator(), "munit_gen")
+    side = munit.stride * info["munit_gen"]["outputs"][0]["shape"][-1]
+    x = images("a")[:1, :, :side, :side]
     c, s = munit.encode(x), munit.style(x)
     drawn = torch.from_numpy(DATA["munit_styles"][0][0][:1]).view(1, -1, 1, 1)
     assert_outputs([c, s, munit.decode(c, s), munit.decode(c, drawn)], info["munit_gen"]["outputs"])
@@ -221,8 +227,8 @@ def test_size_rule():
 
 def draws(trainer: str, iteration: int):
     """The stored random numbers of one iteration, in the order in which they are asked for."""
-    stored = DATA["munit_styles"] if trainer == "MUNIT" else DATA["unit_noise_x32"] / 32
-    values = iter(torch.from_numpy(np.asarray(stored[iteration])))
+    stored = torch.from_numpy(DATA["munit_styles"]) if trainer == "MUNIT" else scaled(DATA, "unit_noise")
+    values = iter(stored[iteration])
 
     def draw(shape):
         return next(values).reshape(shape)

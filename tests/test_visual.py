@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.visual import colour_map, legend, overlay, panel, save_colour
+from lib.visual import colour_map, legend, overlay, panel, save
 
 PALETTE = np.array([[128, 64, 128], [244, 35, 232], [70, 70, 70]], np.uint8)
 LABEL = np.array([[0, 1, 2, 255], [2, 2, 0, 7]], np.uint8)
@@ -22,8 +22,8 @@ def test_colour_map_takes_an_ignore_value_inside_the_palette():
     assert not np.asarray(colour_map(LABEL, PALETTE, ignore=1).convert("RGB"))[0, 1].any()
 
 
-def test_save_colour_writes_a_palette_png(tmp_path):
-    save_colour(LABEL, PALETTE, tmp_path / "a.png")
+def test_a_colour_map_is_a_palette_png(tmp_path):
+    save(colour_map(LABEL, PALETTE), tmp_path / "a.png")
     read = Image.open(tmp_path / "a.png")
     assert read.mode == "P" and (np.asarray(read) == LABEL).all()
 

@@ -1,24 +1,27 @@
-"""A data set is one JSON file: where its images and labels lie, and what the label values mean.
+"""A data set is described by one JSON file: where its images and labels lie, and what the label values mean.
 
-The file serves training, evaluation and scoring; the shipped ones lie beside this module. Its keys:
+Training, evaluation and scoring read the same file; the shipped ones lie beside this module. Its keys:
 
-    name, root      the set's name and its default folder
-    images, labels  patterns below the root, such as "leftImg8bit/{set}/{city}/{stem}_leftImg8bit.png". {set} is the
-                    set's name; every other {placeholder} is found on disk for an image and filled in for its label.
-                    "labels": null for images only
-    list            null, or "lists/{set}.txt": the images of a set, one a line, used when that file exists
-    sets            {"train": .., "val": .., "source": ..}: the set taken by default to train on, to score on, and to
-                    train on as the labelled source (default: that of "train")
-    size            [width, height] to work at
-    encoding        "ids": 8-bit values or palette indices; "uint16": first channel of a 16-bit PNG (SYNTHIA);
-                    "rgb": colours
-    classes         [{"name": "road", "color": [128, 64, 128], "ids": [7]}, ..], ids being label values; with "rgb",
-                    instead of ids, "colors": [[r, g, b], ..] may list the label colours of a class (default: its color)
-    void, ignore    further label values (or colours) that may occur and train as `ignore` (default 255)
-    subsets         {"16": [names]}: named subsets of the classes
-    sizes_may_differ  true: an image and its label may differ in size (some of GTA5's do); both are resized anyway
-    maps            {"camvid": {"tree": "building or vegetation", "pole": null}}: the classes of another set as classes
-                    of this one; null = ignore. A class that is not listed keeps its name
+    name      of the data set, used in file names
+    root      its default folder
+    images    pattern of the images' paths below the root, such as
+              "leftImg8bit/{set}/{city}/{stem}_leftImg8bit.png". {set} is the name of a set; every other {placeholder}
+              matches any text without a slash
+    labels    pattern of the label of an image, with the image's placeholders; null for a data set without labels
+    list      null, or a pattern such as "lists/{set}.txt": a file that names the images of a set, one a line, used if
+              it exists
+    sets      {"train": .., "val": .., "source": ..}: the default sets to train on, to score on, and to train on as
+              labelled source (default: that of "train")
+    size      [width, height] to resize to
+    encoding  "ids": 8-bit values or palette indices; "uint16": first channel of a 16-bit PNG (SYNTHIA); "rgb": colours
+    classes   [{"name": "road", "color": [128, 64, 128], "ids": [7]}, ..] with the label values of each class. For
+              "rgb", "colors": [[r, g, b], ..] lists its label colours instead (default: its color)
+    void      further label values (or colours) that may occur; they belong to no class
+    ignore    the class index that stands for void in training (default 255)
+    subsets   {"16": [names]}: named subsets of the classes
+    maps      {"camvid": {"tree": "building or vegetation", "pole": null}}: which class here a class of another data set
+              is; null means none. A class that is not listed keeps its name
+    sizes_may_differ  true if an image and its label may differ in size (some of GTA5's do); both are resized anyway
 
 No torch here: scoring must start fast.
 """
@@ -93,83 +96,92 @@ def _parse(entries) -> Description:
         _require(key in entries, f"the key '{key}' is missing")
     for key in entries:
         _require(key in REQUIRED + OPTIONAL, f"unknown key '{shorten(key)}'; known: {', '.join(REQUIRED + OPTIONAL)}")
+    encoding, size, sets = entries["encoding"], entries["size"], entries["sets"]
+    _require(encoding in ENCODINGS, f"unknown 'encoding' '{shorten(encoding)}'; known: {', '.join(ENCODINGS)}")
+    _require(isinstance(size, list) and len(size) == 2 and all(_is_int(v, 1, 1 << 16) for v in size),
+             "'size' must be [width, height] in pixels")
+    _require(isinstance(sets, dict) and {"train", "val"} <= sets.keys() <= {"train", "val", "source"}
+             and all(isinstance(v, str) for v in sets.values()),
+             "'sets' must name the sets {\"train\": .., \"val\": ..} and may name a \"source\"")
+    _check_paths(entries)
+    names, palette, ids = _parse_classes(entries["classes"], encoding)
+
+    ignore, void = entries.get("ignore", 255), entries.get("void", [])
+    _require(_is_int(ignore, len(names), 255), f"'ignore' must be a value {len(names)}..255 that no class index takes")
+    _require(isinstance(void, list), "'void' must be a list of label values")
+    void = [_parse_value(v, encoding, "'void'") for v in void]
+    class_of = {v: name for name, values in zip(names, ids, strict=True) for v in values}
+    for v in void:
+        _require(v not in class_of, f"label value {show_value(v, encoding)} is both void and class '{class_of.get(v)}'")
+    _require(len(class_of) + len(void) <= 256, "more than 256 label values")
+
+    subsets, maps = entries.get("subsets", {}), entries.get("maps", {})
+    _require(isinstance(subsets, dict), "'subsets' must be {\"name\": [class names]}")
+    for key, subset in subsets.items():
+        _require(isinstance(subset, list) and set(map(str, subset)) <= set(names) and len(set(subset)) == len(subset),
+                 f"'subsets': '{key}' must list names of 'classes', each once")
+    _require(isinstance(maps, dict), "'maps' must be {\"other data set\": {\"its class\": \"class\"}}")
+    for key, mapping in maps.items():
+        _require(isinstance(mapping, dict), f"'maps': '{key}' must be {{\"its class\": \"class of this set\"}}")
+        for other, own in mapping.items():
+            _require(own is None or own in names, f"'maps': '{key}': '{other}' becomes '{shorten(own)}', no class here")
+    sizes_may_differ = entries.get("sizes_may_differ", False)
+    _require(isinstance(sizes_may_differ, bool), "'sizes_may_differ' must be true or false")
+    return Description(
+        name=entries["name"], root=entries["root"], classes=names, palette=palette, ignore=ignore, ids=ids,
+        void=frozenset(void), encoding=encoding, images=entries["images"], labels=entries["labels"],
+        list=entries.get("list"), sets={"source": sets["train"], **sets}, size=tuple(size),
+        subsets={k: tuple(v) for k, v in subsets.items()}, maps=maps, sizes_may_differ=sizes_may_differ)
+
+
+def _check_paths(entries: dict) -> None:
     for key in ("name", "root", "images"):
         _require(isinstance(entries[key], str) and entries[key], f"'{key}' must be a text")
-    _require(re.fullmatch(r"\w[\w .+-]{0,99}", entries["name"]),
-             "'name' becomes part of file names: it must start with a letter or digit and have at most 100 letters, "
-             "digits, spaces and . + - _")
     for key in ("labels", "list"):
         _require(entries.get(key) is None or isinstance(entries[key], str), f"'{key}' must be a text or null")
     for key in ("root", "images", "labels", "list"):
         _require("\0" not in (entries.get(key) or ""), f"'{key}' holds a null character, which no path can")
-    encoding = entries["encoding"]
-    _require(encoding in ENCODINGS, f"unknown 'encoding' '{shorten(encoding)}'; known: {', '.join(ENCODINGS)}")
-
-    size = entries["size"]
-    _require(isinstance(size, list) and len(size) == 2 and all(_is_int(v, 1, 1 << 16) for v in size),
-             "'size' must be [width, height] in pixels")
-    sets = entries["sets"]
-    _require(isinstance(sets, dict) and {"train", "val"} <= sets.keys() <= {"train", "val", "source"}
-             and all(isinstance(v, str) for v in sets.values()),
-             "'sets' must name the sets {\"train\": .., \"val\": ..} and may name a \"source\"")
-
-    fields = _fields(entries["images"], "images")
-    _require(fields - {"set"}, "'images' must hold a placeholder such as {stem}")
-    _require(entries["labels"] is None or _fields(entries["labels"], "labels") <= fields | {"set"},
+    _require(re.fullmatch(r"\w[\w .+-]{0,99}", entries["name"]),
+             "'name' becomes part of file names: it must start with a letter or digit and have at most 100 letters, "
+             "digits, spaces and . + - _")
+    placeholders = _placeholders(entries["images"], "images")
+    _require(placeholders - {"set"}, "'images' must hold a placeholder such as {stem}")
+    _require(_placeholders(entries["labels"] or "", "labels") <= placeholders | {"set"},
              "'labels' holds a placeholder that 'images' does not")
-    _require(entries.get("list") is None or _fields(entries["list"], "list") <= {"set"},
-             "'list' may hold no placeholder but {set}")
+    _require(_placeholders(entries.get("list") or "", "list") <= {"set"}, "'list' may hold no placeholder but {set}")
 
-    classes = entries["classes"]
+
+def _placeholders(pattern: str, key: str) -> set[str]:
+    names = re.findall(r"{(\w*)}", pattern)
+    _require(all(name.isidentifier() for name in names) and not re.search(r"[{}]", re.sub(r"{\w+}", "", pattern)),
+             f"'{key}': a placeholder is a name in braces, such as {{stem}}")
+    return set(names)
+
+
+def _parse_classes(classes, encoding: str) -> tuple[tuple[str, ...], np.ndarray, tuple[tuple[int, ...], ...]]:
+    """(names, palette uint8 [C, 3], label values of each class)."""
     _require(isinstance(classes, list) and classes,
              "'classes' must list one {\"name\": .., \"color\": .., \"ids\": ..} for each class")
-    names, palette, ids, seen = [], [], [], {}
+    values_key = "colors" if encoding == "rgb" else "ids"
+    names, palette, ids, class_of = [], [], [], {}
     for n, entry in enumerate(classes):
         _require(isinstance(entry, dict) and isinstance(entry.get("name"), str), f"class {n} has no 'name'")
         name = entry["name"]
         _require(name not in names, f"two classes are called '{name}'")
         _require(_is_colour(entry.get("color")), f"class '{name}': 'color' must be [r, g, b] with values 0..255")
-        values_key = "colors" if encoding == "rgb" else "ids"
         unknown = entry.keys() - {"name", "color", values_key}
         _require(not unknown, f"class '{name}': unknown key '{min(unknown, default='')}'")
         values = entry.get(values_key, [entry["color"]] if encoding == "rgb" else None)
         _require(isinstance(values, list) and values, f"class '{name}': '{values_key}' must list its label values")
-        values = [_value(v, encoding, f"class '{name}'") for v in values]
+        values = tuple(_parse_value(v, encoding, f"class '{name}'") for v in values)
         for v in values:
-            _require(v not in seen,
-                     f"label value {show_value(v, encoding)} is given twice, to '{seen.get(v)}' and '{name}'")
-            seen[v] = name
+            _require(v not in class_of,
+                     f"label value {show_value(v, encoding)} is given twice, to '{class_of.get(v)}' and '{name}'")
+            class_of[v] = name
         names.append(name)
         palette.append(entry["color"])
-        ids.append(tuple(values))
-    ignore = entries.get("ignore", 255)
-    _require(_is_int(ignore, len(names), 255), f"'ignore' must be a value {len(names)}..255 that no class index takes")
-    void = entries.get("void", [])
-    _require(isinstance(void, list), "'void' must be a list of label values")
-    void = [_value(v, encoding, "'void'") for v in void]
-    for v in void:
-        _require(v not in seen, f"label value {show_value(v, encoding)} is both void and class '{seen.get(v)}'")
-    _require(len(seen) + len(void) <= 256, "more than 256 label values")
-
-    subsets = entries.get("subsets", {})
-    _require(isinstance(subsets, dict), "'subsets' must be {\"name\": [class names]}")
-    for key, subset in subsets.items():
-        _require(isinstance(subset, list) and set(map(str, subset)) <= set(names) and len(set(subset)) == len(subset),
-                 f"'subsets': '{key}' must list names of 'classes', each once")
-    maps = entries.get("maps", {})
-    _require(isinstance(maps, dict), "'maps' must be {\"other data set\": {\"its class\": \"class\"}}")
-    for key, mapping in maps.items():
-        _require(isinstance(mapping, dict), f"'maps': '{key}' must be {{\"its class\": \"class of this set\"}}")
-        for theirs, ours in mapping.items():
-            _require(ours is None or ours in names,
-                     f"'maps': '{key}': '{theirs}' becomes '{shorten(ours)}', no class here")
-    sizes_may_differ = entries.get("sizes_may_differ", False)
-    _require(isinstance(sizes_may_differ, bool), "'sizes_may_differ' must be true or false")
-    return Description(
-        name=entries["name"], root=entries["root"], classes=tuple(names), palette=np.array(palette, np.uint8),
-        ignore=ignore, ids=tuple(ids), void=frozenset(void), encoding=encoding, images=entries["images"],
-        labels=entries["labels"], list=entries.get("list"), sets={"source": sets["train"], **sets}, size=tuple(size),
-        subsets={k: tuple(v) for k, v in subsets.items()}, maps=maps, sizes_may_differ=sizes_may_differ)
+        ids.append(values)
+    return tuple(names), np.array(palette, np.uint8), tuple(ids)
 
 
 def _require(condition, message: str) -> None:
@@ -185,7 +197,7 @@ def _is_colour(value) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(_is_int(v, 0, 255) for v in value)
 
 
-def _value(value, encoding: str, where: str) -> int:
+def _parse_value(value, encoding: str, where: str) -> int:
     if encoding == "rgb":
         _require(_is_colour(value),
                  f"{where}: a label colour must be [r, g, b] with values 0..255, not {shorten(value)}")
@@ -195,14 +207,8 @@ def _value(value, encoding: str, where: str) -> int:
 
 
 def show_value(value: int, encoding: str) -> str:
+    """A label value as a description writes it."""
     return str([value >> 16, value >> 8 & 255, value & 255]) if encoding == "rgb" else str(value)
-
-
-def _fields(pattern: str, key: str) -> set[str]:
-    fields = re.findall(r"{(\w*)}", pattern)
-    _require(all(f.isidentifier() for f in fields) and "{" not in re.sub(r"{\w+}", "", pattern),
-             f"'{key}': a placeholder is a name in braces, such as {{stem}}")
-    return set(fields)
 
 
 def pattern_glob(pattern: str, set_: str) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib.datasets.description import Description, Domain, MissingSet, select_classes
@@ -68,32 +67,6 @@ class ImageFolder(Dataset):
         return read_label(self.labels[index], self.domain.description, self.table)
 
 
-class Picture(NamedTuple):
-    image: object   # float32 [3, H, W]; in a batch [N, 3, H, W]
-    index: int      # of the file in PictureFolder.images
-    size: tuple     # (width, height) of the image file
-
-
-class PictureFolder(Dataset):
-    """Pictures without labels, such as one side of an image translation.
-
-    images: their paths, from `find_pictures` or Domain.list_images. transform: called with (RGB image, generator), it
-    gives a float32 tensor [3, H, W]. Items are addressed as in ImageFolder.
-    """
-
-    def __init__(self, images: Sequence[Path], transform: Callable[[Image.Image, np.random.Generator], Tensor],
-                 seed: int = 0):
-        self.images, self.transform, self.seed = list(images), transform, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Picture:
-        index, draw = key if isinstance(key, tuple) else (key, key)
-        image = read_image(self.images[index])
-        return Picture(self.transform(image, np.random.default_rng([self.seed, draw])), index, image.size)
-
-
 class EndlessSampler(Sampler):
     """Shuffled passes over ``length`` items without end: (index, draw) with draw counted over all processes.
 
@@ -116,8 +89,8 @@ class EndlessSampler(Sampler):
 
 
 def endless(dataset: Dataset, batch: int, workers: int, *, seed: int, start: int = 0, rank: int = 0,
-            world: int = 1, pin: bool = False) -> Iterator[Sample | Picture]:
-    """Batches without end, from batch number ``start`` on."""
+            world: int = 1, pin: bool = False) -> Iterator[Sample]:
+    """Batches without end, from batch number ``start`` on; items of ``dataset`` are addressed by (index, draw)."""
     sampler = EndlessSampler(len(dataset), batch, seed, start, rank, world)
     # With a generator of its own a loader draws nothing from the run's, whose state resume.pth keeps.
     return iter(DataLoader(dataset, batch, sampler=sampler, num_workers=workers, pin_memory=pin,

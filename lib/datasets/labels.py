@@ -16,8 +16,8 @@ from lib.errors import UserError, listed
 def label_table(d: Description, classes: Sequence[str], task: Description | None = None) -> np.ndarray:
     """int16 [256]: label value (with "rgb": colour index) -> index in `classes`.
 
-    Void values and classes outside `classes` lead to `d.ignore`, values that the description does not know to -1.
-    `classes` are names of `task` where one is given, and `d`'s classes pass through `task.maps`.
+    Void values and classes outside `classes` become `d.ignore`, values that the description does not know -1. Where a
+    `task` is given, `classes` are names of that data set, and the classes of `d` are renamed as `task.maps` says.
     """
     table = np.full(256, -1, np.int16)
     values = d.values()
@@ -29,10 +29,10 @@ def label_table(d: Description, classes: Sequence[str], task: Description | None
 
 
 def written_values(d: Description) -> tuple[list[int], int]:
-    """(the 8-bit value to write for each class into new label files of a data set, the value for unlabelled pixels).
+    """(the 8-bit value of each class in new label files of a data set, the value of unlabelled pixels).
 
-    They are the data set's own ids and, where 0 is none of them, 0; where it is, the set's lowest void id, so that its
-    own description reads the files. A data set whose labels are colours gets class indices and 255.
+    These are the data set's own ids, so that its own description reads the files. Unlabelled pixels are 0 or, where 0
+    is the id of a class, the lowest void id. A data set whose labels are colours gets class indices and 255.
     """
     if d.encoding == "rgb":
         return list(range(len(d.classes))), 255
@@ -41,17 +41,18 @@ def written_values(d: Description) -> tuple[list[int], int]:
 
 
 def derived_description(d: Description, root: Path, labels: Path, list_: str, set_: str) -> dict:
-    """The JSON entries of ``d`` with other labels: those of ``written_values`` at labels/PATH OF THE IMAGE.png.
+    """The JSON entries of ``d`` with new labels in place of its own: ``written_values`` in labels/IMAGE.png.
 
-    root: of the images; list_: the path of the list, which may hold {set}; set_: the set's name.
+    IMAGE is the path of the image below ``root``. list_: the path of the list of images, which may hold {set}; set_:
+    the name of the set.
     """
     (ids, unlabelled), indexed = written_values(d), d.encoding == "rgb"
     return {"name": d.name, "root": str(root.resolve()), "images": d.images,
             "labels": f"{labels.resolve()}/{PurePosixPath(d.images).with_suffix('.png')}", "list": list_,
             "sets": {"train": set_, "val": set_}, "size": list(d.size), "encoding": "ids", "ignore": d.ignore,
             "void": sorted({unlabelled} if indexed else d.void | {unlabelled}),
-            "classes": [{"name": name, "color": colour, "ids": [value] if indexed else list(all_)}
-                        for name, colour, value, all_ in zip(d.classes, d.palette.tolist(), ids, d.ids, strict=True)],
+            "classes": [{"name": name, "color": colour, "ids": [value] if indexed else list(values)}
+                        for name, colour, value, values in zip(d.classes, d.palette.tolist(), ids, d.ids, strict=True)],
             "subsets": {name: list(names) for name, names in d.subsets.items()},
             "maps": {name: dict(mapping) for name, mapping in d.maps.items()}}
 
@@ -63,7 +64,8 @@ def read_label(path: str | Path, d: Description, table: np.ndarray) -> np.ndarra
     label values that the description does not know.
     """
     values = label_values(path, d)
-    spare = min(set(range(257)) - set(table.tolist()))  # stands for "unknown" in 8 bits; 256 only if nothing is unknown
+    # an 8-bit value that stands for "unknown"; all 256 are taken only where no value is unknown
+    spare = min(set(range(257)) - set(table.tolist()))
     table = np.where(table < 0, spare, table).astype(np.uint8)
     label = np.frombuffer(bytearray(values).translate(table), np.uint8).reshape(values.shape)  # 3x faster than indexing
     if (label == spare).any():
@@ -73,10 +75,10 @@ def read_label(path: str | Path, d: Description, table: np.ndarray) -> np.ndarra
 
 
 def label_values(path: str | Path, d: Description) -> np.ndarray:
-    """uint8 [H, W]: the values of a label file as they stand there (with "rgb": colour indices). Raises UserError."""
+    """uint8 [H, W]: the values in a label file (with "rgb": colour indices). Raises UserError."""
     if d.encoding == "rgb":
         return _colour_indices(path, open_image(path), d)
-    return _deep_values(path, d) if d.encoding == "uint16" else read_indices(path)
+    return _values_of_16_bits(path, d) if d.encoding == "uint16" else read_indices(path)
 
 
 def read_indices(path: str | Path) -> np.ndarray:
@@ -91,7 +93,7 @@ def _indices(path, image: Image.Image) -> np.ndarray:
     return np.asarray(load(path, image))
 
 
-def _deep_values(path, d: Description) -> np.ndarray:
+def _values_of_16_bits(path, d: Description) -> np.ndarray:
     image = open_image(path)
     if not image.mode.startswith("I") and not (image.tile and image.tile[0][3] == "RGB;16B"):
         return _indices(path, image)  # conversions of SYNTHIA to 8 bit

@@ -16,31 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.datasets.description import list_images, load_description
-from lib.datasets.folder import LISTED, ImageFolder, Sample
-from lib.errors import UserError
+from lib.datasets.description import Domain
+from lib.datasets.folder import ImageFolder, Sample
+from lib.datasets.pictures import find_pictures, read_image, spread
+from lib.errors import UserError, itemized
 
-PICTURES = {".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
 UNIFORM = 1.0  # a crop whose grey values (0..255) deviate less from their mean than this is redrawn
 REDRAWS = 20   # of a crop, before it is taken as it is: the trainers' guard on the gradient norm is the second line
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """An RGB picture; grey ones and palettes are converted. Raises UserError for 16 bits a channel and transparency."""
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # broken files make Pillow raise many types
-        raise UserError(f"{path}: not a picture that can be read: {error}") from None
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise UserError(f"{path} has 16 or more bits a channel: convert it to 8 bits first, with the contrast you want")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            raise UserError(f"{path} has transparent pixels: lay it on a background first")
-    return image.convert("RGB")
 
 
 def to_symmetric(image: Image.Image) -> Tensor:
@@ -102,6 +84,55 @@ class FlipResizeCrop:
         return to_symmetric(image.crop(box)), cut_label(label, size, box, mirrored, self.ignore)
 
 
+PREPROCESS = ("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """CycleGAN's and SPGAN's: resize (bicubic), random crop, mirror (p = 0.5). Called as FlipResizeCrop is.
+
+    how: of PREPROCESS; load: (width, height) to resize to, of which scale_width uses the width; crop: (width, height).
+    Where nothing is cropped the sides become multiples of 4, which the generator gives back unchanged.
+    """
+
+    how: str
+    load: tuple[int, int]
+    crop: tuple[int, int]
+    mirror: bool = True
+    ignore: int = 255
+
+    @property
+    def scale(self) -> list | None:
+        """At what scale a translator trained so sees an image: ["width", n], ["size", [w, h]], None for the file's."""
+        if self.how == "resize_and_crop":
+            return ["size", list(self.crop)]
+        return ["width", self.load[0]] if "scale_width" in self.how else None
+
+    def working_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) before the crop."""
+        if self.how == "resize_and_crop":
+            return self.load
+        factor = self.load[0] / size[0] if "scale_width" in self.how else 1.0
+        if self.how.endswith("crop"):
+            return round(size[0] * factor), round(size[1] * factor)
+        return tuple(max(4, 4 * round(n * factor / 4)) for n in size)
+
+    def whole(self, image: Image.Image) -> Tensor:
+        """float32 [3, h, w]: what a trained generator is shown, at the scale of training and without a crop."""
+        size = self.crop if self.how == "resize_and_crop" else self.working_size(image.size)
+        x = to_symmetric(image.resize(size, Image.Resampling.BICUBIC))
+        return x[:, :size[1] // 4 * 4, :size[0] // 4 * 4]
+
+    def __call__(self, image: Image.Image, label: np.ndarray | None,
+                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        size = self.working_size(image.size)
+        image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+        box = draw_crop(image, self.crop, rng) if self.how.endswith("crop") else (0, 0, *size)
+        x, mirrored = to_symmetric(image.crop(box)), self.mirror and rng.random() < 0.5
+        y = cut_label(label, size, box, False, self.ignore)
+        return (x.flip(2), y.flip(1)) if mirrored else (x, y)
+
+
 def cut_label(label: np.ndarray | None, size: tuple[int, int], box: tuple[int, int, int, int], mirrored: bool,
               ignore: int) -> Tensor:
     """int64 [h, w]: a label, mirrored, resized to ``size`` (nearest) and cut to ``box``, as its image was."""
@@ -133,7 +164,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, draw = key if isinstance(key, tuple) else (key, key)
-        image = read_picture(self.images[index])
+        image = read_image(self.images[index])
         label = None if self.labelled is None else self.labelled.truth(index)
         try:
             x, y = self.transform(image, label, np.random.default_rng([self.seed, draw]))
@@ -150,17 +181,15 @@ class Domains(NamedTuple):
     test_a: list[Path]
     test_b: list[Path]
 
-    def check(self, fully: bool = False, most: int = 50) -> None:
-        """Read ``most`` pictures of each domain spread over it, or all. Raises UserError that lists the bad ones."""
+    def check(self, check_all: bool = False, sample: int = 50) -> None:
+        """Read ``sample`` pictures of each domain spread over it, or all. Raises UserError that lists the bad ones."""
         for pictures in self[:2]:
             if len(pictures) < 2:
                 raise UserError(f"{pictures.name} holds one picture: a domain needs at least two")
-            count = len(pictures) if fully else min(most, len(pictures))
-            problems = list(problems_of(pictures, np.linspace(0, len(pictures) - 1, count).astype(int).tolist()))
-            if problems:
-                more = [f"... and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
-                raise UserError("\n  ".join([f"{pictures.name} has {len(problems)} bad "
-                                             f"file{'s' * (len(problems) > 1)}:", *problems[:LISTED], *more]))
+            indices = spread(len(pictures), len(pictures) if check_all else sample)
+            if problems := list(problems_of(pictures, indices)):
+                files = "file" if len(problems) == 1 else "files"
+                raise UserError(f"{pictures.name} has {len(problems)} bad {files}:\n{itemized(problems)}")
         both = {p.resolve() for p in self.train_a.images} & {p.resolve() for p in self.train_b.images}
         if both:
             raise UserError(f"{len(both)} pictures are in both domains, {min(both)} among them: source and target must "
@@ -173,28 +202,6 @@ def problems_of(pictures: Pictures, indices: Iterable[int]) -> Iterable[str]:
             pictures[index]
         except UserError as error:
             yield str(error)
-
-
-def list_folder(folder: str | Path, list_file: str | Path | None = None) -> list[Path]:
-    """The pictures of a folder and those below it, sorted, or those that a list names, one a line. Raises UserError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of pictures")
-    if list_file is None:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-        if not found:
-            raise UserError(f"{folder}: no picture in it or below it")
-        return found
-    try:
-        lines = [line.strip() for line in Path(list_file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{list_file}: the list cannot be read: {error}") from None
-    found = [folder / line.removeprefix("./") for line in lines if line]
-    missing = [str(p) for p in found if not p.is_file()]
-    if missing or not found:
-        raise UserError(f"{list_file}: " + (f"{len(missing)} of {len(found)} pictures do not exist: "
-                                            f"{', '.join(missing[:3])}" if missing else "the list is empty"))
-    return found
 
 
 def find_domains(*, dataroot: str | None, folders: Mapping[str, str | None], lists: Mapping[str, str | None],
@@ -223,19 +230,18 @@ def find_domains(*, dataroot: str | None, folders: Mapping[str, str | None], lis
             raise UserError("--source and --target belong together")
         found = {}
         for key, part, (name, root, set_, list_file) in (("train_a", "source", source), ("train_b", "train", target)):
-            d = load_description(name)
-            found[key] = list_images(d, root or d.root, set_ or d.sets[part], list_file)
+            found[key] = Domain.open(name, root, set_, list_file, part).list_images()
         return found
     for key in ("train_a", "train_b"):
         if not folders.get(key):
             raise UserError(f"there is no folder of training pictures of domain {key[-1].upper()}: give "
                             f"--data-folder-{key.replace('_', '-')}")
-    return {key: list_folder(folder, lists.get(key)) for key, folder in folders.items() if folder}
+    return {key: find_pictures(folder, lists.get(key)) for key, folder in folders.items() if folder}
 
 
 def open_domains(found: Mapping[str, list[Path]], transform_a: Transform, transform_b: Transform, seed: int,
-                 labelled: ImageFolder | None = None, fully: bool = False) -> Domains:
-    """The data of a run, checked (``fully``: every file).
+                 labelled: ImageFolder | None = None, check_all: bool = False) -> Domains:
+    """The data of a run, checked (``check_all``: every file).
 
     found: lists "train_a", "train_b" and optionally "test_a", "test_b" (else training pictures are shown). labelled:
     the labels of train_a. Raises UserError.
@@ -243,5 +249,5 @@ def open_domains(found: Mapping[str, list[Path]], transform_a: Transform, transf
     domains = Domains(Pictures(found["train_a"], transform_a, seed, labelled),
                       Pictures(found["train_b"], transform_b, seed + 1),
                       found.get("test_a") or found["train_a"], found.get("test_b") or found["train_b"])
-    domains.check(fully)
+    domains.check(check_all)
     return domains

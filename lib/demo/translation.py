@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import predict, visual
-from lib.datasets.description import load_description, read_image
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder, endless, open_pair
+from lib.datasets.pictures import read_image, spread
 from lib.datasets.transforms import Augment
 from lib.datasets.unpaired import from_symmetric, to_symmetric
 from lib.files import atomic_write
@@ -36,11 +36,10 @@ def compare_translations(translators: Mapping[str, Translate], root: Path, folde
     channel's mean and deviation moved to the target's. What re-estimated BN statistics do stands beside originals and
     translations. Pictures are written below ``folder``. Returns the mIoU in per cent of each column.
     """
-    source, target = load_description("gta5"), load_description("demo")
-    size = target.size
+    size = load_description("demo").size
     augment = Augment(size, PIXELS, random_mirror=True)
-    data = open_pair(source, target, augment, augment, root_s=str(root / "gta5"), root_t=str(root / "cityscapes"),
-                     seed=seed)
+    data = open_pair(Domain.open("gta5", root / "gta5", default_set="source"),
+                     Domain.open("demo", root / "cityscapes"), augment, augment, seed=seed)
     originals = data.source.images
     versions = {"original": originals,
                 "mean, deviation": write(originals, matching(originals, data.target.images), folder / "matched", run)}
@@ -61,8 +60,7 @@ def compare_translations(translators: Mapping[str, Translate], root: Path, folde
                 f"({time.monotonic() - started:.0f} s)")
     run.say("IoU in per cent on the target's validation set, by what the segmenter was trained on\n"
             + iou_table(data.classes, tables))
-    spread = np.linspace(0, len(originals) - 1, SHOWN).round().astype(int)
-    rows = [[read_image(images[i]) for images in versions.values()] for i in spread]
+    rows = [[read_image(images[i]) for images in versions.values()] for i in spread(len(originals), SHOWN)]
     visual.panel(rows, list(versions)).save(folder / "translations.png")
     predict.pictures({k: v for k, v in nets.items() if k in versions}, data, size, PIXELS, SHOWN,
                      folder / "label_maps.png", run)
@@ -112,6 +110,6 @@ def train_segmenter(source: ImageFolder, num_classes: int, run: Run, seed: int, 
         set_poly_lr(optimizer, LEARNING_RATE, i, steps, 0.9)
         optimizer.zero_grad()
         logits = upsample(logits_of(net(run.place(batch.image))), batch.label.shape[1:])
-        F.cross_entropy(logits, batch.label.to(run.device), ignore_index=source.description.ignore).backward()
+        F.cross_entropy(logits, batch.label.to(run.device), ignore_index=source.domain.description.ignore).backward()
         optimizer.step()
     return net.eval()
