@@ -146,6 +146,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.method == "ecn" and args.epochs and args.inv_alpha * (args.epochs - 1) > 1:
         p.error(f"--inv-alpha {args.inv_alpha}: alpha of Eq. 2 is that times the epoch and must stay below 1, in "
                 f"{args.epochs} epochs too")
+    if args.bn != "fixed" and 1 in (args.batch_size, args.camstyle):
+        p.error("batch normalisation needs at least 2 images: raise -b and --camstyle, or take --bn fixed")
     if args.lmp and args.output_feature == "fc":
         p.error("--lmp takes the parts of pool5, not of fc")
     if args.preset == "spgan" and not args.features:
@@ -414,6 +416,7 @@ def evaluate(args: argparse.Namespace) -> int:
         source = open_persons(args.data_dir, args.source, ["train"], msmt_val=args.msmt_val)
     target = open_persons(args.data_dir, args.target, msmt_val=args.msmt_val)
     check(target)
+    runtime.header(run, {"weights": path, "target": target.root, "kernels": ops.backend()})
     validation = validation_of(args, source, target, args.pixels or meta.get("pixels", "imagenet"), run)
     validation.score(net)
     validation.report()

@@ -247,7 +247,7 @@ def test_mistakes(people, folder, in_this_process, flags, words):
                                    ["--inv-alpha", "0.1", "--epochs", "60"],
                                    ["--lmp", "2", "--output_feature", "fc"],
                                    ["--method", "ide", "--preset", "spgan", "--features", "0"], ["--knn", "-1"],
-                                   ["--re", "2"]])
+                                   ["--re", "2"], ["-b", "1"], ["--method", "camstyle", "--camstyle", "1"]])
 def test_flags_that_do_not_fit(people, folder, flags, capsys):
     with pytest.raises(SystemExit) as left:
         script.main(arguments(people, folder, *flags))
@@ -271,6 +271,25 @@ def test_a_checkpoint_with_another_number_of_identities(people, folder, in_this_
     assert script.main(flags) == 0
     assert "other shape: classifier" in capsys.readouterr().out
     assert script.main([*flags, "--evaluate", "--resume", str(folder.parent / "other.tar")]) == 0
+
+
+def test_queries_without_any_match(people, folder, in_this_process):
+    data = folder.parent / "data"
+    shutil.copytree(people, data)
+    shutil.rmtree(data / "campus/query")
+    shutil.copytree(data / "campus/bounding_box_train", data / "campus/query")
+    for path in (data / "campus/query").iterdir():
+        path.rename(path.with_name(f"5{path.name}"))
+    with pytest.raises(UserError, match="no query has an image of the same person by another camera"):
+        script.main(arguments(data, folder))
+
+
+def test_target_statistics_without_target_images(people, folder, in_this_process):
+    data = folder.parent / "data"
+    shutil.copytree(people, data)
+    shutil.rmtree(data / "campus/bounding_box_train")
+    with pytest.raises(UserError, match="--bn-stats target: .* has no training images"):
+        script.main(arguments(data, folder, "--method", "ide", "--bn-stats", "target"))
 
 
 def test_one_message_and_exit_code_2(people, folder):
