@@ -71,7 +71,7 @@ PRESETS = {
 # --demo: a ResNet-18 from random weights on the rendered pair
 DEMO = dict(source="plaza", target="campus", data_dir="data/demo/persons/{seed}", snapshot_dir="logs/demo/{seed}",
             arch="resnet18", features=256, restore_from="none", height=64, width=32, num_workers=0, batch_size=32,
-            learning_rate=0.05, lr_trunk=0.05, epochs=20, epochs_decay=14, bn="train", save_num_images=6)
+            learning_rate=0.05, lr_trunk=0.05, epochs=12, epochs_decay=9, bn="train", save_num_images=6)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
