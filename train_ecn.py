@@ -50,6 +50,7 @@ from lib.datasets.persons import (
 )
 from lib.datasets.transforms import PIXELS
 from lib.demo.persons import render_persons
+from lib.errors import UserError
 from lib.models.reid import ARCHITECTURES, EARLY, IDNet, SPGANNet, freeze, from_weights, set_train_mode
 from lib.predict_reid import PersonValidation
 from lib.runtime import as_float32
@@ -70,7 +71,7 @@ PRESETS = {
 # --demo: a ResNet-18 from random weights on the rendered pair
 DEMO = dict(source="plaza", target="campus", data_dir="data/demo/persons/{seed}", snapshot_dir="logs/demo/{seed}",
             arch="resnet18", features=256, restore_from="none", height=64, width=32, num_workers=0, batch_size=32,
-            learning_rate=0.05, lr_trunk=0.05, epochs=30, epochs_decay=20, bn="train")
+            learning_rate=0.05, lr_trunk=0.05, epochs=12, epochs_decay=9, bn="train", save_num_images=6)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -116,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--momentum", type=flags.below_one, default=0.9)
     opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
     opt.add_argument("--epochs", type=flags.count, help="passes of the source (60 ECN, 50 ide and camstyle)")
-    opt.add_argument("--epochs_decay", "--epochs-decay", type=flags.count, default=40, help="between drops of the rate")
+    opt.add_argument("--epochs_decay", "--epochs-decay", type=flags.count, help="between drops of the rate (40)")
     opt.add_argument("--num-steps", type=flags.count, help="iterations, in place of --epochs")
     opt.add_argument("--steps-decay", type=flags.count, help="iterations between drops, in place of --epochs_decay")
     score = p.add_argument_group("scores")
@@ -127,8 +128,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--bn-stats", choices=["running", "target"], default="running",
                        help="target: re-estimate BN statistics on the target's training images before scoring")
     score.add_argument("--lmp", type=flags.natural, default=0, help="maxima of that many horizontal parts (SPGAN)")
-    score.add_argument("--dist-metric", choices=["euclidean", "cosine"], default="euclidean",
-                       help="features have length 1, so that both give one ranking; re-ranking tells them apart")
+    score.add_argument("--dist-metric", choices=["euclidean", "kissme"], default="euclidean",
+                       help="kissme: a distance learnt from the source's training images")
     score.add_argument("--rerank", action="store_true", help="scores after k-reciprocal re-ranking too")
     p.conflict_handler = "resolve"  # the release's names for flags of the run
     run = flags.add_run(p)
@@ -139,13 +140,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if known.preset and known.method != "ide":
         p.error(f"--preset {known.preset} is a setting of --method ide")
     preset = {key: value for key, value in PRESETS.get(known.preset, {}).items() if key != "layout"}
+    if known.epochs or known.epochs_decay:  # given in epochs, not in the preset's steps
+        preset = {**preset, "num_steps": None, "steps_decay": None}
     p.set_defaults(**{"save_pred_every": 1000, **METHODS[known.method], **preset})
     args = flags.parse(p, argv, DEMO)
+    args.epochs_decay = args.epochs_decay or 40
     args.snapshot_dir = args.snapshot_dir or f"logs/{args.method}"
     args.lr_trunk = 0.1 * args.learning_rate if args.lr_trunk is None else args.lr_trunk
-    if args.method == "ecn" and args.epochs and args.inv_alpha * (args.epochs - 1) > 1:
-        p.error(f"--inv-alpha {args.inv_alpha}: alpha of Eq. 2 is that times the epoch and must stay below 1, in "
-                f"{args.epochs} epochs too")
+    if args.bn != "fixed" and 1 in (args.batch_size, args.camstyle):
+        p.error("batch normalisation needs at least 2 images: raise -b and --camstyle, or take --bn fixed")
+    if args.lmp and args.output_feature == "fc":
+        p.error("--lmp takes the parts of pool5, not of fc")
+    if args.preset == "spgan" and not args.features:
+        p.error("--preset spgan has an embedding: --features 512")
     if args.method == "camstyle" and not args.camstyle:
         p.error("--method camstyle needs style images in a step: --camstyle 46")
     return args
@@ -287,9 +294,11 @@ def initialise(net: IDNet | SPGANNet, weights: dict[str, Tensor] | None, source:
     return checkpoint.initialise(net, weights, heads=True, source=source)
 
 
-def validation_of(args: argparse.Namespace, target: PersonSet, pixels: str, run: runtime.Run) -> PersonValidation:
+def validation_of(args: argparse.Namespace, source: PersonSet | None, target: PersonSet, pixels: str,
+                  run: runtime.Run) -> PersonValidation:
     return PersonValidation(target, TestTransform((args.height, args.width), pixels), run, bn_stats=args.bn_stats,
-                            rerank=args.rerank, panels=Path(args.snapshot_dir) / "ranks",
+                            metric_from=source.train if args.dist_metric == "kissme" else (), rerank=args.rerank,
+                            panels=Path(args.snapshot_dir) / "ranks",
                             max_panels=args.save_num_images, workers=args.num_workers, output=args.output_feature,
                             mirrored=args.mirrored, lmp=args.lmp)
 
@@ -343,12 +352,15 @@ def train(args: argparse.Namespace) -> Session:
     epoch_steps = max(1, len(images_s) // (args.batch_size * run.world))
     num_steps = args.num_steps or args.epochs * epoch_steps
     drop_steps = args.steps_decay or args.epochs_decay * epoch_steps
+    if memory is not None and args.inv_alpha * ((num_steps - 1) // epoch_steps) > 1:
+        raise UserError(f"--inv-alpha {args.inv_alpha}: alpha of Eq. 2 is that times the epoch, and would exceed 1 in "
+                        f"{num_steps} steps of {epoch_steps} an epoch")
 
     def meta_of(iteration: int) -> dict[str, object]:
         return {"script": "train_ecn.py", "iteration": iteration, "method": args.method, "pixels": pixels,
                 "size": list(size), "source": args.source, "target": args.target}
 
-    validation = validation_of(args, target, pixels, run) if target.query and target.gallery else None
+    validation = validation_of(args, source, target, pixels, run) if target.query and target.gallery else None
     with Session(run, args, folder, modules, [optimizer], scaler=scaler, meta=meta_of, validation=validation,
                  free={"epochs", "num_steps", *SCORING}) as session:
         session.header({
@@ -367,10 +379,10 @@ def train(args: argparse.Namespace) -> Session:
         if style_people:
             batches_style = endless(PersonImages(style_people, augment, seed=seed + 2), args.camstyle, args.num_workers,
                                     seed=seed + 2, start=session.iteration, rank=run.rank, world=run.world)
+        set_train_mode(net, args.bn)
         for i in session.steps(num_steps):
             epoch = i // epoch_steps
             lr = set_step_lr(optimizer, i // drop_steps)
-            set_train_mode(net, args.bn)
             batch_s, more = next(batches_s), {}
             names = list(batch_s.name)
             if batches_style is not None:
@@ -403,9 +415,13 @@ def evaluate(args: argparse.Namespace) -> int:
     path = args.resume or f"{args.snapshot_dir}/checkpoint.pth.tar"
     weights, meta = checkpoint.read_weights(path)
     net = run.place_net(from_weights(weights, path))
+    source = None
+    if args.dist_metric == "kissme":
+        source = open_persons(args.data_dir, args.source, ["train"], msmt_val=args.msmt_val)
     target = open_persons(args.data_dir, args.target, msmt_val=args.msmt_val)
     check(target)
-    validation = validation_of(args, target, args.pixels or meta.get("pixels", "imagenet"), run)
+    runtime.header(run, {"weights": path, "target": target.root, "kernels": ops.backend()})
+    validation = validation_of(args, source, target, args.pixels or meta.get("pixels", "imagenet"), run)
     validation.score(net)
     validation.report()
     return 0
@@ -426,6 +442,7 @@ def demo(args: argparse.Namespace) -> int:
         if session.exit_code:
             return session.exit_code
         rows[name] = session.validation.scores
+        panels = session.validation.panels
         if name == "source only":
             session.validation.bn_stats = "target"
             rows["source only, target BN"] = session.validation.score(session.net)
@@ -433,6 +450,7 @@ def demo(args: argparse.Namespace) -> int:
     print(f"{'':{width}}     R1     R5    R10    mAP")
     for name, row in rows.items():
         print(f"{name:{width}} " + " ".join(f"{row[key]:6.1f}" for key in ("R1", "R5", "R10", "mAP")))
+    print(f"rank panels: {panels}, and beside the other runs")
     return 0
 
 

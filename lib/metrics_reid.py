@@ -5,7 +5,7 @@ many equally far. lib.ops.rank_counts takes them in tiles, so that no matrix of 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -134,19 +134,20 @@ def reranked(features: Tensor, queries: int, *, k1: int = 20, k2: int = 6, lambd
         yield at, d.mul_(lambda_).add_(torch.from_numpy(jaccard).to(d.device), alpha=1 - lambda_)
 
 
-def reranked_scores(features: Tensor, queries: int, matches: Lists, left_out: Lists, *, show: int = 0, k: int = 10,
-                    ties: str = "group", unmatched: str = "skip", **settings) -> tuple[Scores, Tensor]:
-    """(scores after re-ranking, the k nearest of the first ``show`` queries [show, k]); **settings as ``reranked``."""
-    parts, nearest = [], [torch.empty(0, k, dtype=torch.int64)]
+def reranked_scores(features: Tensor, queries: int, matches: Lists, left_out: Lists, *, show: Sequence[int] = (),
+                    k: int = 10, ties: str = "group", unmatched: str = "skip",
+                    **settings) -> tuple[Scores, dict[int, list[int]]]:
+    """(scores after re-ranking, the k nearest of the queries in ``show``); **settings: see ``reranked``."""
+    parts, nearest = [], {}
     for at, distance in reranked(features, queries, **settings):
-        left = left_out.of(at)
-        parts.append(ops.row_rank_counts(distance, matches.of(at), left))
-        if at.start < show:
-            row = torch.arange(len(distance)).repeat_interleave(left.start.diff())
-            distance[row, left.item] = torch.inf
-            nearest.append(distance.argsort(1, stable=True)[:, :k].cpu())
+        parts.append(ops.row_rank_counts(distance, matches.of(at), left_out.of(at)))
+        for i in set(show) & set(range(at.start, at.stop)):
+            row = distance[i - at.start]
+            row[left_out.of(slice(i, i + 1)).item] = torch.inf
+            order = row.argsort(stable=True)[:k]
+            nearest[i] = torch.where(row[order] < torch.inf, order, -1).tolist()
     ranks = Ranks(*(torch.cat(x) for x in zip(*parts, strict=True)))
-    return scores(matches, ranks, ties=ties, unmatched=unmatched), torch.cat(nearest)[:show]
+    return scores(matches, ranks, ties=ties, unmatched=unmatched), nearest
 
 
 def _weights(features: Tensor, near: np.ndarray, d: np.ndarray, largest: np.ndarray, k1: int,

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -16,7 +16,8 @@ from lib import ops, visual
 from lib.datasets.folder import outlive_stop
 from lib.datasets.persons import Person, PersonImages, PersonSet, TestTransform
 from lib.datasets.pictures import read_image, spread
-from lib.metrics_reid import match_lists, reranked, scores
+from lib.errors import UserError
+from lib.metrics_reid import Scores, match_lists, reranked_scores, scores
 from lib.models.reid import IDNet, SPGANNet, retrieval_features
 from lib.runtime import Run
 from lib.session import Log
@@ -69,6 +70,28 @@ def reestimate_bn(net: IDNet | SPGANNet, people: Sequence[Person], transform: Te
     return net.eval()
 
 
+def kissme(features: Tensor, identities: np.ndarray) -> Tensor:
+    """KISSME (Koestinger et al., CVPR 2012): L [D, D], so that |x L - y L| is the learned distance.
+
+    features: [N, D] of labelled images; identities: [N]. M = cov(x - y, same person)^-1 - cov(x - y, two people)^-1,
+    with a thousandth of the mean variance added to both, and without its negative part; L L^T = M.
+    """
+    x = features.double() - features.double().mean(0)
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(np.unique(identities, return_inverse=True)[1]))
+    one_hot = one_hot.to(x)                                          # [N, people]
+    count = one_hot.sum(0)
+    weight = one_hot @ count                                         # how many images a person has
+    centred = x - one_hot @ ((one_hot.t() @ x) / count[:, None])
+    same = centred.t() @ (weight[:, None] * centred)                 # sums over all pairs of (x - y)(x - y)^T
+    every = len(x) * x.t() @ x
+    pairs = (count * (count - 1)).sum() / 2
+    ridge = torch.eye(x.shape[1]).to(x) * x.var(0).mean() / 1000
+    inverse = [torch.linalg.inv(total / n + ridge)
+               for total, n in ((same, pairs), (every - same, len(x) * (len(x) - 1) / 2 - pairs))]
+    value, vector = torch.linalg.eigh(inverse[0] - inverse[1])
+    return (vector * value.clamp(min=0).sqrt()).to(features.dtype)
+
+
 def names_of(people: Sequence[Person]) -> tuple[np.ndarray, np.ndarray]:
     """(identities, cameras), int64 [N] each."""
     return tuple(np.array([getattr(p, key) for p in people], np.int64) for key in ("identity", "camera"))
@@ -81,39 +104,48 @@ def scores_of(query: Tensor, gallery: Tensor, data: PersonSet, rerank: bool = Fa
     """
     matches, own = match_lists(*names_of(data.query), *names_of(data.gallery))
     if rerank:
-        parts = [ops.row_rank_counts(d, matches.of(at), own.of(at))
-                 for at, d in reranked(torch.cat([query, gallery]).cpu(), len(query))]
-        ranks = ops.Ranks(*map(torch.cat, zip(*parts, strict=True)))
+        found = reranked_scores(torch.cat([query, gallery]).cpu(), len(query), matches, own)[0]
     else:
-        ranks = ops.rank_counts(query, gallery, matches, own)
-    found = scores(matches, ranks, max_rank=max(RANKS))
+        found = scores(matches, ops.rank_counts(query, gallery, matches, own))
+    return in_percent(found)
+
+
+def in_percent(found: Scores) -> dict[str, float]:
+    """What is printed and logged of ``found``."""
     return {**{f"R{k}": 100 * float(found.cmc[k - 1]) for k in RANKS}, "mAP": 100 * found.mean_ap("trapezoid"),
             "mAP_precision": 100 * found.mean_ap("precision"), "unmatched": len(found.unmatched)}
 
 
-RIGHT, WRONG, NEITHER = (30, 150, 60), (200, 40, 40), (60, 60, 60)  # frames of rank_panel
+RIGHT, WRONG, NEITHER = (30, 150, 60), (200, 40, 40), (60, 60, 60)  # frames of rank_row
+
+
+def rank_row(data: PersonSet, query: int, nearest: Sequence[int]) -> list[Image.Image]:
+    """A query and its nearest gallery images: a green frame is the same person, a red one another.
+
+    Below each stand the identity and the camera of its name. -1 in ``nearest``, where nothing is left: an empty place.
+    """
+    def cell(person: Person, colour: tuple[int, int, int]) -> Image.Image:
+        picture = read_image(person.path).resize((64, 128), Image.Resampling.BICUBIC)
+        image = ImageOps.expand(ImageOps.expand(picture, 4, colour), (0, 0, 0, 16), visual.PAPER)
+        ImageDraw.Draw(image).text((36, 144), f"{person.identity} c{person.camera + 1}", visual.INK,
+                                   ImageFont.load_default(12), anchor="mm")
+        return image
+
+    who = data.query[query].identity
+    return [cell(data.query[query], NEITHER), *(
+        cell(data.gallery[j], RIGHT if data.gallery[j].identity == who else WRONG) if j >= 0
+        else Image.new("RGB", (72, 152), visual.PAPER) for j in nearest)]
 
 
 def rank_panel(query: Tensor, gallery: Tensor, data: PersonSet, count: int, nearest: int = 10) -> Image.Image:
-    """``count`` queries, spread over the set, each followed by its ``nearest`` gallery images.
+    """``count`` queries, spread over the set, each followed by its ``nearest`` gallery images (see rank_row).
 
-    query, gallery: as for scores_of. A green frame is the same person, a red one another; images of the same person by
-    the query's own camera are left out, as in the scores.
+    query, gallery: as for scores_of. Images of the same person by the query's own camera are left out, as in scores.
     """
     rows, nearest = spread(len(query), count), min(nearest, len(gallery))
     _, own = match_lists(*names_of([data.query[i] for i in rows]), *names_of(data.gallery))
     found = ops.topk_pairs(query[rows], gallery, nearest, own)[0].tolist()
-
-    def framed(person: Person, colour: tuple[int, int, int]) -> Image.Image:
-        return ImageOps.expand(read_image(person.path).resize((64, 128), Image.Resampling.BICUBIC), 4, colour)
-
-    def cells(i: int, near: Sequence[int]) -> Iterator[Image.Image]:
-        yield framed(data.query[i], NEITHER)
-        for j in near:  # -1 where nothing is left
-            right = data.gallery[j].identity == data.query[i].identity
-            yield framed(data.gallery[j], RIGHT if right else WRONG) if j >= 0 else Image.new("RGB", (72, 136), "white")
-
-    return visual.panel([list(cells(i, near)) for i, near in zip(rows, found, strict=True)],
+    return visual.panel([rank_row(data, i, near) for i, near in zip(rows, found, strict=True)],
                         ["query", *map(str, range(1, nearest + 1))])
 
 
@@ -122,14 +154,22 @@ class PersonValidation:
 
     No best is kept: choosing a snapshot by these scores would need the target's labels. bn_stats "target": BN
     statistics are re-estimated on the target's training images first. rerank: a second line of scores, after
-    re-ranking. panels: folder for ``max_panels`` rank lists at each evaluation. features: arguments of ``extract``.
+    re-ranking. metric_from: labelled images (the source's) that KISSME learns a distance from. panels: folder for
+    ``max_panels`` rank lists at each evaluation. features: arguments of ``extract``. Raises UserError where no query
+    has a match, or where there are no images for the target's statistics.
     """
 
     def __init__(self, data: PersonSet, transform: TestTransform, run: Run, *, bn_stats: str = "running",
-                 rerank: bool = False, panels: Path | None = None, max_panels: int = 0, workers: int = 0, **features):
+                 rerank: bool = False, metric_from: Sequence[Person] = (), panels: Path | None = None,
+                 max_panels: int = 0, workers: int = 0, **features):
         self.data, self.transform, self.run, self.bn_stats = data, transform, run, bn_stats
-        self.panels, self.max_panels = panels, max_panels
+        self.metric_from, self.panels, self.max_panels = metric_from, panels, max_panels
         self.rerank, self.workers, self.features = rerank, workers, features
+        if not len(match_lists(*names_of(data.query), *names_of(data.gallery))[0].item):
+            raise UserError(f"{data.root}: no query has an image of the same person by another camera in the gallery, "
+                            "so nothing can be scored. Are identities and cameras right in the names?")
+        if bn_stats == "target" and not data.train:
+            raise UserError(f"--bn-stats target: {data.root} has no training images (bounding_box_train)")
         self.iteration: int | None = None   # of the last call
         self.scores: dict[str, float] = {}
 
@@ -149,14 +189,18 @@ class PersonValidation:
         """The scores of ``net``, which is left as it is. panel: file name of the rank lists."""
         if self.bn_stats == "target":
             net = reestimate_bn(net, self.data.train, self.transform, self.run, workers=self.workers)
-        query, gallery = (extract(net, people, self.transform, self.run, workers=self.workers, **self.features)
-                          for people in (self.data.query, self.data.gallery))
+        query, gallery, learnt = (
+            extract(net, people, self.transform, self.run, workers=self.workers, **self.features) if people else None
+            for people in (self.data.query, self.data.gallery, self.metric_from))
+        if learnt is not None:
+            metric = kissme(learnt, names_of(self.metric_from)[0])
+            query, gallery = query @ metric, gallery @ metric
         self.scores = scores_of(query, gallery, self.data)
         if self.panels is not None and self.max_panels and self.run.is_main:
             visual.save(rank_panel(query, gallery, self.data, self.max_panels), self.panels / panel)
         if self.rerank:
             again = scores_of(query, gallery, self.data, rerank=True)
-            self.scores |= {f"reranked_{key}": value for key, value in again.items() if key != "unmatched"}
+            self.scores = self.scores | {f"reranked_{key}": value for key, value in again.items() if key != "unmatched"}
         return self.scores
 
     def lines(self) -> str:

@@ -118,3 +118,42 @@ def compiled():
 
     if load("cpu"):
         pytest.skip(f"not compiled: {load('cpu')}")
+
+
+class CudaKernels:
+    """The kernels of csrc/cuda, on a GPU or emulated for CPU tensors (tests/cuda_emulation)."""
+
+    def __init__(self, emulated: bool, monkeypatch):
+        self.emulated, self.monkeypatch = emulated, monkeypatch
+
+    def to(self, x):
+        """A CPU tensor on the device whose kernels are tested (anything else as it is)."""
+        import torch
+
+        return x.clone() if self.emulated and torch.is_tensor(x) else x.cuda() if torch.is_tensor(x) else x
+
+    def run(self, function):
+        """function(to) with the CUDA kernels, to being what moves its tensors; its tensors, on the CPU."""
+        import torch
+
+        from lib.ops import build
+
+        with self.monkeypatch.context() as patch:
+            if self.emulated:
+                patch.setattr(build, "kernels", lambda: torch.ops.segadapt_emulated)
+            return [x.cpu() if torch.is_tensor(x) else x for x in function(self.to)]
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def cuda(request, monkeypatch):
+    """Runs a test with the CUDA kernels where there is a GPU, and emulated where g++ is."""
+    import cuda_emulation
+    import torch
+
+    if request.param == "emulated":
+        if cuda_emulation.reason_against():
+            pytest.skip(cuda_emulation.reason_against())
+        cuda_emulation.load()
+    elif not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return CudaKernels(request.param == "emulated", monkeypatch)

@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from lib import ops
 
 BACKENDS = ["reference", "compiled"]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 SHAPES = [((19, 33, 65), (256, 512)), ((5, 33, 33), (100, 130)), ((3, 30, 20), (217, 23)), ((4, 100, 300), (64, 128)),
           ((255, 4, 4), (70, 90)), ((1, 5, 5), (100, 100)), ((7, 20, 30), (20, 130)), ((6, 1, 1), (90, 41)),
           ((6, 17, 300), (1, 300))]
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("shape,size", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# Every shape with both alignments; every dtype with all of it but once.
+MAPS = [(*shape, align, DTYPES[(i + align) % 3]) for i, shape in enumerate(SHAPES) for align in (True, False)]
+
+
+@pytest.mark.parametrize("shape,size,align_corners,dtype", MAPS, ids=str)
 def test_upsample_argmax_equals_interpolate_then_argmax(backend, shape, size, align_corners, dtype):
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     wide = x.float() if dtype == torch.bfloat16 else x
@@ -254,7 +254,20 @@ def test_errors_say_what_is_wrong(backend):
     ops.confidence_histogram_(hist, torch.full((3, 4, 400), 5.0), probabilities=True)
     with pytest.raises(ValueError, match="1600 confidences"):
         ops.select_threshold(hist, 0.2)
-    for bad in (float("nan"), float("inf")):
+    for device in ("hist", "bins", "prior"):  # would be an illegal access on a GPU
+        arguments = {"hist": hist, "bins": torch.zeros(3, dtype=torch.int64), "prior": torch.ones(3, 4, 400)}
+        arguments[device] = arguments[device].to("meta")
+        with pytest.raises(ValueError, match="device|meta"):
+            if device == "bins":
+                fine = ops.new_histogram(3, fine=True)
+                ops.refine_histogram_(fine, arguments["bins"], torch.zeros(3, 4, 400))
+            else:
+                ops.confidence_histogram_(arguments["hist"], torch.zeros(3, 4, 400), prior=arguments["prior"])
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(ValueError, match="prior"):
+            prior = torch.ones(3, 4, 400)
+            prior[1, 2, 399] = bad
+            ops.pseudo_label(torch.zeros(3, 4, 400), torch.ones(3), prior=prior)
         x = torch.zeros(3, 4, 400)
         x[1, 2, 3] = bad
         for size in ((4, 400), (16, 400)):
@@ -274,11 +287,10 @@ def test_a_second_pass_that_differs_is_reported(backend):
         assert torch.equal(ops.select_threshold(hist, 0.2, fine=fine).value, coarse.value)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_opcheck(compiled, device):
-    x, prior = torch.randn(2, 4, 5, 6, device=device), torch.rand(4, 9, 11, device=device)
-    hist, fine = ops.new_histogram(4, device), ops.new_histogram(4, device, fine=True)
-    bins, thresholds = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, device=device)
+def test_opcheck(compiled):
+    x, prior = torch.randn(2, 4, 5, 6), torch.rand(4, 9, 11)
+    hist, fine = ops.new_histogram(4), ops.new_histogram(4, fine=True)
+    bins, thresholds = torch.zeros(4, dtype=torch.int64), torch.ones(4)
     library, size, mirrored = torch.ops.segadapt, (9, 11), x.flip(-1)
     torch.library.opcheck(library.upsample_argmax, (x, size, True))
     torch.library.opcheck(library.confidence_histogram_, (hist, None, x, mirrored, prior, size, True, False, 2, False))
@@ -286,69 +298,148 @@ def test_opcheck(compiled, device):
     torch.library.opcheck(library.pseudo_label, (x, thresholds, mirrored, prior, size, False, False))
 
 
+def direct(p, t):
+    ratio, label = (p / t[:, None, None]).max(0)
+    return label.where(ratio >= 1, 255).to(torch.uint8)
+
+
+def near_decisions(classes, seed):
+    """Logits in which two classes are equal, or one to some hundred units apart, at the top or with t / t' between
+    them; some far apart, some tiny; [C, 64, 256]."""
+    g = torch.Generator().manual_seed(seed)
+    x = 4 * torch.randn(classes, 64, 256, generator=g)
+    top, other = x.topk(2, dim=0).indices
+    step = torch.randint(-40, 41, top.shape, generator=g) * torch.randint(0, 3, top.shape, generator=g) ** 6
+    value = x.gather(0, top[None])[0]
+    moved = (value.view(torch.int32) + step.to(torch.int32)).view(torch.float32)
+    x.scatter_(0, other[None], moved[None])
+    x[:, 48:56] *= 60   # far apart: all but one probability vanish
+    x[:, 56:60] *= 1e-6
+    x[:, 60:] = x[:, 60:].round()  # ties
+    return x
+
+
+@pytest.mark.parametrize("classes,seed,options", [
+    (19, 0, {}), (3, 1, {}), (40, 2, {}), (19, 3, {"flip": True}), (19, 4, {"prior": True}),
+    (7, 5, {"flip": True, "prior": True})], ids=str)
+def test_few_exponentials_give_the_exact_bits(compiled, classes, seed, options):
+    """The kernel decides from rough exponentials where it can; here it often cannot. The exact way is that of the
+    probabilities themselves, which "prob" counts and a prior of ones (which changes no bit) forces."""
+    x = near_decisions(classes, seed)
+    ones = torch.ones_like(x)
+    kwargs = {"flipped": near_decisions(classes, seed + 50)} if options.get("flip") else {}
+    prior = torch.rand(x.shape, generator=torch.Generator().manual_seed(9)) if options.get("prior") else None
+    label, confidence = ops.confidence_histogram_(ops.new_histogram(classes), x, prior=prior, **kwargs)
+    exact = ops.confidence_histogram_(ops.new_histogram(classes), x, value="prob",
+                                      prior=ones if prior is None else prior, **kwargs)
+    assert torch.equal(label, exact[0]) and torch.equal(confidence, exact[1])
+    # The probabilities of every class: where a prior leaves only it, it is what "confidence" says.
+    p = torch.empty_like(x)
+    for c in range(classes):
+        alone = torch.zeros_like(x)
+        alone[c] = ones[c] if prior is None else prior[c]
+        p[c] = ops.confidence_histogram_(ops.new_histogram(classes), x, prior=alone, **kwargs)[1]
+    assert torch.equal(p.max(0).values, confidence)
+    g = torch.Generator().manual_seed(seed)
+    at_pixel = p.flatten(1)[:, torch.randint(p[0].numel(), (4,), generator=g)].unbind(1)  # where quotients are 1
+    some = [t.clamp_min(1e-30) for t in at_pixel] + [torch.rand(classes, generator=g) * 0.9 + 0.05]
+    steps = torch.randint(-1, 2, (classes,), generator=g, dtype=torch.int32)
+    some.append((confidence.max().expand(classes).contiguous().view(torch.int32) + steps).view(torch.float32))
+    some += [torch.full((classes,), v) for v in (1.0, 0.99, 1 - 2.0 ** -20, 0.5, 1e-30, 1e-38, 1e-45)]
+    for t in some:
+        assert torch.equal(ops.pseudo_label(x, t, prior=prior, **kwargs), direct(p, t))
+
+
+def test_strides_and_tails_give_the_exact_bits(compiled):
+    """The same from stride 8, where rows end within a strip."""
+    g = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(19, 9, 13, generator=g)).round()
+    for size in ((65, 97), (64, 96)):
+        ones = torch.ones(19, *size)
+        label, confidence = ops.confidence_histogram_(ops.new_histogram(19), x, size)
+        exact = ops.confidence_histogram_(ops.new_histogram(19), x, size, prior=ones)
+        assert torch.equal(label, exact[0]) and torch.equal(confidence, exact[1])
+        for value in (0.3, 0.9, 0.99, 1.0):
+            t = torch.full((19,), value)
+            expected = torch.where(confidence / value >= 1, label, 255)
+            assert torch.equal(ops.pseudo_label(x, t, size), expected)
+
+
+def test_pixels_that_no_bin_holds_are_counted_once(backend):
+    """Sampled or not, and whatever is counted."""
+    p = torch.rand(3, 8, 40, generator=torch.Generator().manual_seed(0))
+    p[1, 3, 5:12] = 2.5
+    for value in ("conf", "prob"):
+        hist = ops.new_histogram(3)
+        ops.confidence_histogram_(hist, p, probabilities=True, ds_rate=4, value=value)
+        with pytest.raises(ValueError, match="7 confidences"):
+            ops.select_threshold(hist, 0.2)
+
+
 # ---- CUDA against the CPU -------------------------------------------------------------------------------------
 
-@needs_gpu
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("shape,size", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_cuda_gives_the_same_label_map(backend, shape, size, align_corners, dtype):
+@pytest.mark.parametrize("shape,size,align_corners,dtype", MAPS, ids=str)
+def test_cuda_gives_the_same_label_map(compiled, cuda, shape, size, align_corners, dtype):
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = ops.upsample_argmax(x.to("cuda"), size, align_corners)
-    assert found.device.type == "cuda" and torch.equal(found.cpu(), ops.upsample_argmax(x, size, align_corners))
+    found, = cuda.run(lambda to: [ops.upsample_argmax(to(x), size, align_corners)])
+    assert torch.equal(found, ops.upsample_argmax(x, size, align_corners))
 
 
-@needs_gpu
-def test_cuda_label_map_of_ties_and_memory_formats(backend):
+def test_cuda_label_map_of_ties_and_memory_formats(compiled, cuda):
     x = torch.randint(0, 3, (2, 19, 40, 100), generator=torch.Generator().manual_seed(0)).float()
+    last = x.contiguous(memory_format=torch.channels_last)
+    got = cuda.run(lambda to: [ops.upsample_argmax(to(x)), ops.upsample_argmax(to(last)),
+                               ops.upsample_argmax(to(x[:0]), (8, 8))])
     expected = x.argmax(1).to(torch.uint8)
-    for memory in (torch.contiguous_format, torch.channels_last):
-        assert torch.equal(ops.upsample_argmax(x.to("cuda").contiguous(memory_format=memory)).cpu(), expected)
-    assert ops.upsample_argmax(x[:0].to("cuda"), (8, 8)).shape == (0, 8, 8)
+    assert torch.equal(got[0], expected) and torch.equal(got[1], expected) and got[2].shape == (0, 8, 8)
 
 
-@needs_gpu
-@pytest.mark.parametrize("ds_rate", [1, 4])
-@pytest.mark.parametrize("name", probability_maps())
-def test_cuda_gives_the_same_histograms_thresholds_and_labels(backend, name, ds_rate):
-    images = probability_maps()[name]
-    for own in ("conf", "prob"):
-        options, results = {"probabilities": True, "ds_rate": ds_rate, "value": own}, []
-        for device in ("cpu", "cuda"):
-            hist, maps = ops.new_histogram(6, device), [p.to(device) for p in images]
-            passes = [x for p in maps for x in ops.confidence_histogram_(hist, p, **options)]
-            found = exact_threshold(maps, hist, 0.2, **options)
-            labels = [ops.pseudo_label(p, found.value, probabilities=True) for p in maps]
-            results.append([hist, *passes, found.value, found.selected, *labels])
-        assert all(torch.equal(cpu, cuda.cpu()) for cpu, cuda in zip(*results, strict=True))
+@pytest.mark.parametrize("name,value,ds_rate", [(name, ("conf", "prob")[i % 2], (1, 4)[i // 2 % 2])
+                                                for i, name in enumerate(probability_maps())])
+def test_cuda_gives_the_same_histograms_thresholds_and_labels(compiled, cuda, name, value, ds_rate):
+    images = [p[:, :20] for p in probability_maps()[name]]
+    options = {"probabilities": True, "ds_rate": ds_rate, "value": value}
+
+    def run(to=lambda x: x):
+        maps = [to(p) for p in images]
+        hist = to(ops.new_histogram(6))
+        passes = [x for p in maps for x in ops.confidence_histogram_(hist, p, **options)]
+        found = exact_threshold(maps, hist, 0.2, **options)
+        labels = [ops.pseudo_label(p, found.value, probabilities=True) for p in maps]
+        return [hist, *passes, found.value, found.selected, *labels]
+
+    assert all(map(torch.equal, cuda.run(run), run()))
 
 
-@needs_gpu
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("shape,size", SIZES)
-def test_cuda_agrees_on_logits(backend, options, shape, size):
-    """exp may differ in its last place from the CPU's, but not between the passes on one device."""
-    logits, kwargs = logits_and(options, shape, size)
-    want = ops.confidence_histogram_(ops.new_histogram(shape[1]), logits, size, **kwargs)
-    t = torch.full(shape[1:2], 0.3)
-    wanted = ops.pseudo_label(logits, t, size, **kwargs)
-    kwargs = {k: v.to("cuda") if torch.is_tensor(v) else v for k, v in kwargs.items()}
-    logits, hist = logits.to("cuda"), ops.new_histogram(shape[1], "cuda")
-    label, confidence = ops.confidence_histogram_(hist, logits, size, **kwargs)
-    torch.testing.assert_close(confidence.cpu(), want[1], rtol=2e-6, atol=0)
-    found = ops.pseudo_label(logits, t.to("cuda"), size, **kwargs)
-    assert (label.cpu() != want[0]).float().mean() < 1e-4 and (found.cpu() != wanted).float().mean() < 1e-4
-    bins = ops.select_threshold(hist, 0.5).bins
-    fine = ops.new_histogram(shape[1], "cuda", fine=True)
-    again = ops.refine_histogram_(fine, bins, logits, size, **kwargs)
-    assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("classes", [9, 21])  # in registers, and not
+def test_cuda_gives_the_bits_of_the_cpu(compiled, cuda, options, classes):
+    """Labels, confidences, histograms, thresholds and pseudo-labels of logits: one exponential serves both."""
+    for shape, size in (((2, classes, 9, 21), (47, 130)), ((1, classes, 20, 150), (20, 150))):
+        logits, kwargs = logits_and(options, shape, size)
+
+        def run(to=lambda x: x, logits=logits, size=size, kwargs=kwargs):
+            moved = {k: to(v) if torch.is_tensor(v) else v for k, v in kwargs.items()}
+            hist, fine = (to(ops.new_histogram(classes, fine=fine)) for fine in (False, True))
+            label, confidence = ops.confidence_histogram_(hist, to(logits), size, ds_rate=3, **moved)
+            bins = ops.select_threshold(hist, 0.3).bins
+            again = ops.refine_histogram_(fine, bins, to(logits), size, ds_rate=3, **moved)
+            assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
+            value = ops.select_threshold(hist, 0.3, fine=fine).value
+            return [label, confidence, hist, fine, value, ops.pseudo_label(to(logits), value, size, **moved)]
+
+        assert all(map(torch.equal, cuda.run(run), run()))
 
 
-@needs_gpu
-def test_cuda_reports_what_is_not_finite(backend):
-    x = torch.zeros(3, 4, 400, device="cuda")
-    x[1, 2, 3] = float("nan")
-    hist = ops.new_histogram(3, "cuda")
-    with pytest.raises(ValueError, match="NaN or infinite|confidences"):
-        ops.confidence_histogram_(hist, x)
-        ops.select_threshold(hist, 0.2)
+def test_cuda_reports_what_is_not_finite(compiled, cuda):
+    """Whether the pixel is sampled or not, at full size and upsampled."""
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        x = torch.zeros(3, 4, 200)
+        x[1, 2, 3] = bad
+        for size in ((4, 200), (16, 200)):
+            hist = cuda.to(ops.new_histogram(3))
+            cuda.run(lambda to, x=x, size=size, hist=hist: ops.confidence_histogram_(hist, to(x), size, ds_rate=7))
+            with pytest.raises(ValueError, match="confidences"):
+                ops.select_threshold(hist, 0.2)
+            label, = cuda.run(lambda to, x=x, size=size: [ops.pseudo_label(to(x), to(torch.full((3,), 0.1)), size)])
+            assert label.eq(255).any() and not label.eq(255).all()

@@ -8,7 +8,7 @@ from lib.ops import retrieval
 from lib.ops.build import kernels
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-SIZES = [(1, 1, 1), (530, 20, 3), (9, 1100, 33), (7, 70, 530)]  # each with an edge of the tiles: 512 x 512 x 256
+SIZES = [(1, 1, 1), (530, 20, 3), (9, 1100, 33), (7, 70, 530)]  # each with an edge of the tiles: 512 x 512 x 512
 KINDS = ["random", "clustered", "duplicates", "ties", "ranges", "tiny"]
 
 

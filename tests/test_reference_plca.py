@@ -27,7 +27,7 @@ def close(got, want) -> None:
 # --- association ------------------------------------------------------------------------------------------------------
 
 ASSOCIATION = INFO["association"]
-CASE = r"(cos|kl)_spagg([01])(.*)"
+CASE = r"(cos|kl)_spagg\d(?:\.\d+)?(.*)"
 NOTHING = r"(cos|kl)_nothing_consistent(.*)"
 
 
@@ -38,12 +38,16 @@ def association_cases(pattern: str) -> list:
 
 def unknown_cases() -> list:
     known = {case for pattern in (CASE, NOTHING) for case, *_ in association_cases(pattern)}
-    return [pytest.param(case, None, None, None, marks=pytest.mark.skip(reason=f"{case}: no known kind of association"))
+    return [pytest.param(case, None, None, marks=pytest.mark.skip(reason=f"{case}: no known kind of association"))
             for case in ASSOCIATION["cases"] if case not in known]
 
 
 def alpha_of(case: str) -> float:
-    return ASSOCIATION["cases"][case].get("spagg_alpha", ASSOCIATION["spagg_alpha"])
+    """The share of aggregation, 0 for none: that of the case where it has one of its own, else that of the file."""
+    own = cases(r".*_(?:spagg(?=\d\.)|alpha)(\d(?:\.\d+)?).*", [case])
+    if "_spagg0" in case and not own:
+        return 0.0
+    return ASSOCIATION["cases"][case].get("spagg_alpha", float(own[0][1]) if own else ASSOCIATION["spagg_alpha"])
 
 
 def inputs(metric: str, variant: str) -> list[torch.Tensor]:
@@ -60,11 +64,11 @@ def labels(name: str) -> torch.Tensor:
     return torch.from_numpy(DATA[name]).long()
 
 
-def compare_with_golden(loss_asso, case: str, metric: str, spagg: str, variant: str) -> None:
+def compare_with_golden(loss_asso, case: str, metric: str, variant: str) -> None:
     x1, x2 = inputs(metric, variant)
     gt = labels(f"asso_gt1{variant}" if f"asso_gt1{variant}" in DATA else "asso_gt1")
     expected = ASSOCIATION["cases"][case]
-    got = loss_asso(x1, x2, gt, metric=metric, alpha=alpha_of(case) if int(spagg) else 0.0, ignore_index=IGNORE)
+    got = loss_asso(x1, x2, gt, metric=metric, alpha=alpha_of(case), ignore_index=IGNORE)
     assert got.loss.item() == pytest.approx(expected["association"], rel=1e-9)
     assert np.array_equal(got.forward.numpy(), DATA[f"asso_{case}_forward_index"])
     assert np.array_equal(got.back.numpy(), DATA[f"asso_{case}_backward_index"])
@@ -77,27 +81,27 @@ def compare_with_golden(loss_asso, case: str, metric: str, spagg: str, variant: 
     close(x2.grad, DATA[f"asso_{case}_grad_x2"])
 
 
-KNOWN = pytest.mark.parametrize("case, metric, spagg, variant", association_cases(CASE))
+KNOWN = pytest.mark.parametrize("case, metric, variant", association_cases(CASE))
 
 
-@pytest.mark.parametrize("case, metric, spagg, variant", [*association_cases(CASE), *unknown_cases()])
-def test_association(backend, case, metric, spagg, variant):
-    compare_with_golden(ops.cycle_association_loss, case, metric, spagg, variant)
+@pytest.mark.parametrize("case, metric, variant", [*association_cases(CASE), *unknown_cases()])
+def test_association(backend, case, metric, variant):
+    compare_with_golden(ops.cycle_association_loss, case, metric, variant)
     if f"asso_{case}_mixed_x2" in DATA:
         mixed = ops.spatial_aggregate(inputs(metric, variant)[1].detach(), metric, alpha_of(case))
         np.testing.assert_allclose(mixed.numpy(), DATA[f"asso_{case}_mixed_x2"], rtol=1e-9, atol=1e-12)
 
 
 @KNOWN
-def test_association_as_the_script_writes_it(case, metric, spagg, variant):
-    compare_with_golden(script.association, case, metric, spagg, variant)
+def test_association_as_the_script_writes_it(case, metric, variant):
+    compare_with_golden(script.association, case, metric, variant)
 
 
 @KNOWN
-def test_equations_of_the_association(case, metric, spagg, variant):
+def test_equations_of_the_association(case, metric, variant):
     """(1) to (4) on the first pair, as far as the files hold their values."""
     a, v = (x.detach()[0].flatten(1).T for x in inputs(metric, variant))
-    if int(spagg):
+    if alpha_of(case):
         mixed = script.aggregate(v, alpha_of(case), metric)
         if f"asso_{case}_mixed_x2" in DATA:
             close(mixed.T, DATA[f"asso_{case}_mixed_x2"][0].reshape(mixed.T.shape))

@@ -1,16 +1,20 @@
 """train_ecn.py: its memory, its runs, stopping and going on, several processes, mistakes."""
 import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_reference  # noqa: F401  (puts the repository on the path)
 from scripts import execute, logged, message, same, torchrun
 
 import train_ecn as script
-from lib import checkpoint
+from lib import checkpoint, predict_reid
+from lib.datasets.persons import Person, PersonSet, TestTransform, open_persons
 from lib.demo.persons import render_persons
 from lib.errors import UserError
+from lib.metrics_reid import reranked
 from lib.models import reid
 from lib.runtime import Run
 
@@ -91,7 +95,7 @@ def test_a_run(people, folder, in_this_process, flags, losses, capsys):
     lines = logged(folder, "loss_src")
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     assert all(line.keys() == {"iteration", "lr", "epoch", *losses} for line in lines)
-    assert {p.name for p in folder.iterdir()} == {"checkpoint.pth.tar", "log.jsonl", "resume.pth"}
+    assert {p.name for p in folder.iterdir()} == {"checkpoint.pth.tar", "log.jsonl", "ranks", "resume.pth"}
     state = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
     root = "model" if flags[-1:] == ["spgan"] else "base"
     assert f"{root}.layer4.1.bn2.running_var" in state["state_dict"]
@@ -105,10 +109,79 @@ def test_a_run(people, folder, in_this_process, flags, losses, capsys):
     assert logged(folder, "mAP")[-1]["mAP"] <= logged(folder, "mAP")[-1]["mAP_precision"] + 100
 
 
+def test_each_choice_of_features_acts(people, monkeypatch):
+    torch.manual_seed(0)
+    source, data = (open_persons(people, name) for name in ("plaza", "campus"))
+    net = reid.IDNet(3, "resnet18", 16).train()
+    net(torch.randn(8, 3, 64, 32))
+    seen = []
+    monkeypatch.setattr(predict_reid, "scores_of", lambda query, *_, **named: seen.append((query, named)) or {})
+
+    def query(**choice) -> torch.Tensor:
+        predict_reid.PersonValidation(data, TestTransform((64, 32)), ONE, **choice).score(net)
+        return seen[-1][0]
+
+    plain = query()
+    for choice in ({"output": "fc"}, {"lmp": 2}, {"mirrored": True}, {"bn_stats": "target"},
+                   {"metric_from": source.train}):
+        f = query(**choice)
+        assert f.shape != plain.shape or not torch.allclose(f, plain, atol=1e-4), choice
+    assert torch.equal(query(rerank=True), plain) and seen[-1][1] == {"rerank": True}
+    assert net.training
+
+
+def test_reranked_scores(in_this_process):
+    """Against re-ranked distances as one matrix."""
+    made = [Person(Path("x"), 1 + n % 10, n // 10 % 3) for n in range(140)]
+    data = PersonSet("made up", Path("."), [], made[:20], made[20:], [])
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(len(part), 8, generator=generator) for part in (data.query, data.gallery))
+    distance = torch.cat([d for _, d in reranked(torch.cat([query, gallery]), len(query))])
+    ids, cams = (np.array([getattr(p, key) for p in data.gallery]) for key in ("identity", "camera"))
+    precisions = []
+    for row, person in zip(distance.numpy(), data.query, strict=True):
+        keep = (ids != person.identity) | (cams != person.camera)
+        right = (ids[keep] == person.identity)[np.argsort(row[keep], kind="stable")]
+        precisions.append(np.mean(np.arange(1, right.sum() + 1) / (1 + np.flatnonzero(right))))
+    found = predict_reid.scores_of(query, gallery, data, rerank=True)
+    assert found["mAP_precision"] == pytest.approx(100 * np.mean(precisions))
+    assert found["mAP_precision"] != pytest.approx(predict_reid.scores_of(query, gallery, data)["mAP_precision"])
+
+
+def test_kissme_weighs_what_differs_between_people():
+    """One direction tells people apart, the other varies within each: only the first counts."""
+    generator = np.random.default_rng(0)
+    people = np.repeat(np.arange(40), 5)
+    features = np.stack([generator.normal(size=40)[people] + 0.1 * generator.normal(size=200),
+                         0.05 * generator.normal(size=40)[people] + generator.normal(size=200)], 1)
+    metric = predict_reid.kissme(torch.from_numpy(features), people)
+    assert metric.shape == (2, 2)
+    first, second = (torch.eye(2, dtype=torch.float64) @ metric).norm(dim=1)
+    assert first > 20 * second
+
+
+def test_rank_panel(people, in_this_process):
+    """Green frames round the same person, red ones round others."""
+    data = open_persons(people, "campus")
+    who = {n: i for i, n in enumerate(sorted({p.identity for p in (*data.query, *data.gallery)}))}
+    query, gallery = (torch.eye(len(who))[[who[p.identity] for p in part]] for part in (data.query, data.gallery))
+    image = predict_reid.rank_panel(query, gallery, data, 2, nearest=2)
+    frames = [image.getpixel((76 * column + 1, 90)) for column in range(3)]
+    assert image.width == 3 * 76 - 4 and frames == [(60, 60, 60), (30, 150, 60), (200, 40, 40)]
+
+
 def test_rates_fall_at_epochs(people, folder, in_this_process):
     """3 steps an epoch."""
     script.main(arguments(people, folder, "--method", "ide", "--epochs_decay", "1", "--num-steps", "7"))
     assert [line["lr"] for line in logged(folder, "lr")] == pytest.approx([1e-2] * 3 + [1e-3] * 3 + [1e-4])
+
+
+def test_presets_give_way_to_flags():
+    caffe = ["--method", "ide", "--preset", "spgan-caffe"]
+    args = script.parse_args(caffe)
+    assert (args.num_steps, args.steps_decay, args.learning_rate, args.bn) == (50000, 20000, 0.002, "fixed")
+    args = script.parse_args([*caffe, "--epochs", "9", "--lr", "0.1"])
+    assert (args.num_steps, args.steps_decay, args.epochs, args.learning_rate) == (None, None, 9, 0.1)
 
 
 def test_what_is_frozen(people, folder, in_this_process):
@@ -171,6 +244,7 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(people, folder
     (["--camstyle-dir", "none"], "there are no camera styles"),
     (["--restore-from", "nowhere.pth"], "nowhere.pth does not exist"),
     (["--evaluate", "--resume", "nowhere.pth"], "nowhere.pth does not exist"),
+    (["--inv-alpha", "2"], "--inv-alpha 2.0: alpha of Eq. 2 .* would exceed 1 in 4 steps of 3"),
     (["--lr", "1e8"], "is nan|is inf"),
 ])
 def test_mistakes(people, folder, in_this_process, flags, words):
@@ -179,7 +253,9 @@ def test_mistakes(people, folder, in_this_process, flags, words):
 
 
 @pytest.mark.parametrize("flags", [["--preset", "spgan"], ["--method", "camstyle", "--camstyle", "0"],
-                                   ["--inv-alpha", "0.1", "--epochs", "60"], ["--knn", "-1"], ["--re", "2"]])
+                                   ["--lmp", "2", "--output_feature", "fc"],
+                                   ["--method", "ide", "--preset", "spgan", "--features", "0"], ["--knn", "-1"],
+                                   ["--re", "2"], ["-b", "1"], ["--method", "camstyle", "--camstyle", "1"]])
 def test_flags_that_do_not_fit(people, folder, flags, capsys):
     with pytest.raises(SystemExit) as left:
         script.main(arguments(people, folder, *flags))
@@ -203,6 +279,25 @@ def test_a_checkpoint_with_another_number_of_identities(people, folder, in_this_
     assert script.main(flags) == 0
     assert "other shape: classifier" in capsys.readouterr().out
     assert script.main([*flags, "--evaluate", "--resume", str(folder.parent / "other.tar")]) == 0
+
+
+def test_queries_without_any_match(people, folder, in_this_process):
+    data = folder.parent / "data"
+    shutil.copytree(people, data)
+    shutil.rmtree(data / "campus/query")
+    shutil.copytree(data / "campus/bounding_box_train", data / "campus/query")
+    for path in (data / "campus/query").iterdir():
+        path.rename(path.with_name(f"5{path.name}"))
+    with pytest.raises(UserError, match="no query has an image of the same person by another camera"):
+        script.main(arguments(data, folder))
+
+
+def test_target_statistics_without_target_images(people, folder, in_this_process):
+    data = folder.parent / "data"
+    shutil.copytree(people, data)
+    shutil.rmtree(data / "campus/bounding_box_train")
+    with pytest.raises(UserError, match="--bn-stats target: .* has no training images"):
+        script.main(arguments(data, folder, "--method", "ide", "--bn-stats", "target"))
 
 
 def test_one_message_and_exit_code_2(people, folder):

@@ -1,9 +1,6 @@
 // Ranks and nearest lists by squared Euclidean distance, from float32 tiles and float64 rescoring.
-//
-// The truth is d = max(|x|^2 + |y|^2 - 2 x y, 1e-8) in float64, all three products summed by exact_dot. A tile gives
-// t ~ |y|^2 - 2 x y, which differs from d - |x|^2 by no more than error_bound(); only where that leaves a comparison
-// open is d itself computed. To make the bound narrow, products are summed over pieces of kDepth and then added here:
-// a chain of n additions errs by n u sum |x_k y_k|, whatever its order.
+#include "retrieval.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,8 +20,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTileRows = 512, kTileCols = 512, kDepth = 256;  // 1 MB a piece
-constexpr double kFloor = 1e-8;
+constexpr int64_t kTileRows = 512, kTileCols = 512;  // 1 MB a piece
 
 template <class T>
 struct Points {
@@ -55,17 +51,6 @@ Points<T> make_points(const Tensor& input, const char* name) {
 template <class T>
 double distance(const Points<T>& x, int64_t i, const Points<T>& y, int64_t j) {
   return std::max(x.square[i] + y.square[j] - 2 * exact_dot<T>(x.row(i), 1, y.row(j), 1, x.c()), kFloor);
-}
-
-// No t of row i is further than this from d - |x_i|^2 (before the floor), and none of two such distances from the true
-// ones: products, |y|^2 rounded to T, the difference rounded to T, float64 sums on both sides, products below T's range.
-template <class T>
-double error_bound(const Points<T>& x, int64_t i, const Points<T>& y) {
-  const double u = std::numeric_limits<T>::epsilon() / 2, v = std::numeric_limits<double>::epsilon() / 2;
-  const double c = double(x.c()), a = std::sqrt(x.square[i]), b = y.longest;
-  const double chain = std::min(c, double(kDepth)) + c / kDepth + 3;
-  return 1.01 * (2 * chain * u * a * b + u * (2 * b * b + 2 * a * b) + v * ((c / 4 + 64) * a * b + 8 * (a * a + b * b)) +
-                 4 * c * double(std::numeric_limits<T>::min()));
 }
 
 template <class T>
@@ -188,24 +173,14 @@ struct Counter {
   }
 };
 
-void check(const Tensor& x, const Tensor& y) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.size(1) > 0 &&
-                        x.scalar_type() == y.scalar_type() &&
-                        (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble),
-                    "expected [N1, C] and [N2, C], both float32 or float64, got ", x.sizes(), " and ", y.sizes());
-}
-
-// Magnitudes whose float32 products would overflow are taken to float64.
-bool overflows(const Tensor& x, const Tensor& y) {
-  return x.scalar_type() == at::kFloat && x.numel() && y.numel() &&
-         std::max(x.abs().max().item<float>(), y.abs().max().item<float>()) > 1e16f / std::sqrt(float(x.size(1)));
-}
-
 template <class T>
-void rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t* start, const int64_t* item,
+bool rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t* start, const int64_t* item,
                        const int64_t* left_start, const int64_t* left_item, int64_t* nearer, int64_t* equal,
                        int64_t* earlier) {
-  const auto q = make_points<T>(query, "rank_counts: the queries"), g = make_points<T>(gallery, "rank_counts: the gallery");
+  const auto q = make_points<T>(query, "rank_counts: the queries");
+  const auto g = make_points<T>(gallery, "rank_counts: the gallery");
+  if (overflows(query.scalar_type(), q.longest, g.longest)) return false;
+  const auto bound = error_bound<T>(q.c());
   const Counter<T> count{q, g, nearer, equal, earlier};
   std::vector<Tensor> buffer;
   std::vector<std::vector<Listed<T>>> listed(std::min(kTileRows, q.n()));
@@ -215,10 +190,11 @@ void rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t
       for (int64_t i = first; i < last; i++) {
         auto& mine = listed[i - begin];
         mine.clear();
-        const double e = error_bound(q, i, g);
+        const double e = bound(std::sqrt(q.square[i]), g.longest);
         for (int64_t p = start[i]; p < start[i + 1]; p++) {
           const double d = distance(q, i, g, item[p]), t = d - q.square[i];
-          mine.push_back({d, item[p], p, d > kFloor ? below<T>(t - e) : -std::numeric_limits<T>::infinity(), above<T>(t + e)});
+          mine.push_back(
+              {d, item[p], p, d > kFloor ? below<T>(t - e) : -std::numeric_limits<T>::infinity(), above<T>(t + e)});
         }
         std::sort(mine.begin(), mine.end(), [](const auto& a, const auto& b) { return a.d < b.d; });
       }
@@ -238,21 +214,22 @@ void rank_counts_typed(const Tensor& query, const Tensor& gallery, const int64_t
         }
     });
   }
+  return true;
 }
 
 std::tuple<Tensor, Tensor, Tensor> rank_counts(const Tensor& q, const Tensor& g, const Tensor& start,
                                                const Tensor& item, const Tensor& left_start, const Tensor& left_item) {
-  check(q, g);
-  if (overflows(q, g)) return rank_counts(q.to(at::kDouble), g.to(at::kDouble), start, item, left_start, left_item);
+  check_points(q, g);
   Tensor result[3];
   for (auto& r : result) r = at::zeros({item.size(0)}, item.options());
   const Tensor lists[] = {start.contiguous(), item.contiguous(), left_start.contiguous(), left_item.contiguous()};
-  AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "rank_counts", [&] {
-    rank_counts_typed<scalar_t>(q, g, lists[0].const_data_ptr<int64_t>(), lists[1].const_data_ptr<int64_t>(),
-                                lists[2].const_data_ptr<int64_t>(), lists[3].const_data_ptr<int64_t>(),
-                                result[0].mutable_data_ptr<int64_t>(), result[1].mutable_data_ptr<int64_t>(),
-                                result[2].mutable_data_ptr<int64_t>());
+  const bool done = AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "rank_counts", [&] {
+    return rank_counts_typed<scalar_t>(q, g, lists[0].const_data_ptr<int64_t>(), lists[1].const_data_ptr<int64_t>(),
+                                       lists[2].const_data_ptr<int64_t>(), lists[3].const_data_ptr<int64_t>(),
+                                       result[0].mutable_data_ptr<int64_t>(), result[1].mutable_data_ptr<int64_t>(),
+                                       result[2].mutable_data_ptr<int64_t>());
   });
+  if (!done) return rank_counts(q.to(at::kDouble), g.to(at::kDouble), start, item, left_start, left_item);
   return {result[0], result[1], result[2]};
 }
 
@@ -263,8 +240,14 @@ template <class T>
 class Nearest {
  public:
   Nearest(const Points<T>& x, const Points<T>& y, int64_t i, int64_t k, const int64_t* left, int64_t left_count)
-      : x_(x), y_(y), i_(i), k_(k), capacity_(std::max<int64_t>(4 * k, 64)), left_(left), left_count_(left_count),
-        error_(error_bound(x, i, y)) {
+      : x_(x),
+        y_(y),
+        i_(i),
+        k_(k),
+        capacity_(std::max<int64_t>(4 * k, 64)),
+        left_(left),
+        left_count_(left_count),
+        error_(error_bound<T>(x.c())(std::sqrt(x.square[i]), y.longest)) {
     near_.reserve(capacity_);
   }
 
@@ -349,25 +332,28 @@ class Nearest {
 
 std::tuple<Tensor, Tensor, Tensor> topk_pairs(const Tensor& x, const Tensor& y, int64_t k, const Tensor& left_start,
                                               const Tensor& left_item) {
-  check(x, y);
+  check_points(x, y);
   TORCH_CHECK_VALUE(k > 0, "topk_pairs: k must be at least 1, not ", k);
-  if (overflows(x, y)) return topk_pairs(x.to(at::kDouble), y.to(at::kDouble), k, left_start, left_item);
   auto index = at::empty({x.size(0), k}, x.options().dtype(at::kLong));
   auto d = at::empty({x.size(0), k}, x.options().dtype(at::kDouble)), farthest = at::empty({x.size(0)}, d.options());
   const auto starts = left_start.contiguous(), items = left_item.contiguous();
   const auto *s = starts.const_data_ptr<int64_t>(), *left = items.const_data_ptr<int64_t>();
+  bool done = true;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "topk_pairs", [&] {
     const auto a = make_points<scalar_t>(x, "topk_pairs: the rows of x");
     const auto other = x.is_same(y) ? Points<scalar_t>{} : make_points<scalar_t>(y, "topk_pairs: the rows of y");
     const auto& b = x.is_same(y) ? a : other;
+    if (overflows(x.scalar_type(), a.longest, b.longest)) {
+      done = false;
+      return;
+    }
     std::vector<Tensor> buffer;
     for (int64_t begin = 0; begin < a.n(); begin += kTileRows) {
       const int64_t end = std::min(a.n(), begin + kTileRows);
       std::vector<Nearest<scalar_t>> rows;
       for (int64_t i = begin; i < end; i++) rows.emplace_back(a, b, i, k, left + s[i], s[i + 1] - s[i]);
-      for_each_row(a, b, begin, end, buffer, [&](int64_t i, const scalar_t* t, int64_t j0, int64_t cols) {
-        rows[i - begin].scan(t, j0, cols);
-      });
+      for_each_row(a, b, begin, end, buffer,
+                   [&](int64_t i, const scalar_t* t, int64_t j0, int64_t cols) { rows[i - begin].scan(t, j0, cols); });
       at::parallel_for(begin, end, 8, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
           rows[i - begin].finish(index.mutable_data_ptr<int64_t>() + i * k, d.mutable_data_ptr<double>() + i * k,
@@ -375,13 +361,14 @@ std::tuple<Tensor, Tensor, Tensor> topk_pairs(const Tensor& x, const Tensor& y, 
       });
     }
   });
+  if (!done) return topk_pairs(x.to(at::kDouble), y.to(at::kDouble), k, left_start, left_item);
   return {index, d, farthest};
 }
 
 // ---- pair_distances ------------------------------------------------------------------------------------------------
 
 Tensor pair_distances(const Tensor& x, const Tensor& y, const Tensor& i, const Tensor& j) {
-  check(x, y);
+  check_points(x, y);
   auto result = at::empty({i.size(0)}, x.options().dtype(at::kDouble));
   const auto rows = i.contiguous(), cols = j.contiguous();
   const auto *r = rows.const_data_ptr<int64_t>(), *c = cols.const_data_ptr<int64_t>();

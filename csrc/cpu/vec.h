@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "arithmetic.h"
+
 namespace segadapt {
 
 template <class T>
@@ -17,6 +19,7 @@ struct Vec {
   typedef T type __attribute__((vector_size(64)));
 };
 using vf = Vec<float>::type;
+using vd = Vec<double>::type;
 using vi = int32_t __attribute__((vector_size(64)));
 
 template <class T>
@@ -39,6 +42,11 @@ inline typename Vec<T>::type splat(T x) {
 template <class V>
 inline V vmax(V a, V b) {
   return a > b ? a : b;
+}
+
+template <class V>
+inline V vmin(V a, V b) {
+  return a < b ? a : b;
 }
 
 template <class T>
@@ -71,34 +79,56 @@ inline uint32_t mask_ge(vf a, vf b) {
   return bits;
 #endif
 }
-inline uint32_t mask_ge(Vec<double>::type a, Vec<double>::type b) {
+inline uint32_t mask_ge(vd a, vd b) {
   uint32_t bits = 0;
   for (int l = 0; l < 8; l++) bits |= uint32_t(a[l] >= b[l]) << l;
   return bits;
 }
 
-// exp to 2 ulp for x <= 88; below -87 it is 0. (Cephes' reduction and polynomial.)
-inline vf vexp(vf x) {
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  vf n = (x * 1.44269504088896341f + magic) - magic;
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
-  vi bits;
-  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-  std::memcpy(&bits, &exponent, sizeof bits);
-  vf scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return x < splat(-87.f) ? vf{} : p * scale;
+// ---- arithmetic.h for vectors ---------------------------------------------------------------------------------------
+
+inline vf product(vf a, vf b) { return a * b; }
+
+inline vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  __m256 x[2], y[2], z[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  std::memcpy(z, &c, sizeof c);
+  for (int half = 0; half < 2; ++half) x[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
+  std::memcpy(&a, x, sizeof a);
+  return a;
+#else
+  for (int l = 0; l < 16; ++l) a[l] = fused(a[l], b[l], c[l]);
+  return a;
+#endif
 }
-inline Vec<double>::type vexp(Vec<double>::type x) {
+
+inline vf floor_of(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_floor_ps((__m512)x);
+#elif defined(__AVX2__)
+  __m256 half[2];
+  std::memcpy(half, &x, sizeof x);
+  for (auto& h : half) h = _mm256_floor_ps(h);
+  std::memcpy(&x, half, sizeof x);
+  return x;
+#else
+  for (int l = 0; l < 16; ++l) x[l] = std::floor(x[l]);
+  return x;
+#endif
+}
+
+inline vi as_bits(vf x) { return __builtin_bit_cast(vi, x); }
+inline vf from_bits(vi x) { return __builtin_bit_cast(vf, x); }
+
+inline vd exp_negative(vd x) {
   for (int l = 0; l < 8; l++) x[l] = std::exp(x[l]);
   return x;
 }
 
 }  // namespace segadapt
+
+#include "exponential.h"

@@ -32,7 +32,8 @@ def mutual_argmax(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
     Exact: the maximum of the float64 dot products of the normalised vectors x / |x| (rounded to the input's dtype;
     |x| summed in float64), ties to the lowest index, whatever the tiles, the threads and the device. A zero vector
-    has similarity 0 to everything. Raises ValueError for wrong shapes or dtypes and for NaN or infinite values.
+    has similarity 0 to everything. Raises ValueError for wrong shapes or dtypes, for NaN or infinite values and for
+    vectors whose length the dtype does not hold.
     """
     a, b = (x.detach().to(_full_type(x)) for x in (a, b))
     _check_rows(a, b)
@@ -309,14 +310,19 @@ def _contrast_softmax_(s, col_scale, contrast):
     if col_scale is not None:
         s.mul_(col_scale)
     if contrast:
-        sigma = s.std(1) if s.shape[1] > 1 else torch.zeros_like(s[:, 0])
-        noise = 8 * torch.finfo(s.dtype).eps * torch.linalg.vector_norm(s, torch.inf, dim=1)
-        inverse = torch.where(sigma > noise, 1 / (sigma + _EPS), 0)
+        top, bottom = s.amax(1), s.amin(1)
+        constant = top - bottom <= 8 * torch.finfo(s.dtype).eps * torch.maximum(top, -bottom)
+        inverse = torch.where(constant, 0, 1 / (_deviation(s) + _EPS))
         s.mul_(inverse[:, None])
     else:
         inverse = torch.ones_like(s[:, 0])
     torch.softmax(s, 1, out=s)
     return inverse
+
+
+def _deviation(s: Tensor) -> Tensor:
+    """Unbiased standard deviation of the rows of s; 0 for a single column."""
+    return s.std(1) if len(s) and s.shape[1] > 1 else torch.zeros_like(s[:, 0])
 
 
 @_contrast_softmax_.register_fake
@@ -344,8 +350,8 @@ def _(m, p, row_scale, col_scale, col_sum):
 
 def _exact_argmax(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Index [N1] and value [N1] of each row of x's largest float64 dot product with a row of y; the first of ties."""
-    if not (x.sum().isfinite() and y.sum().isfinite()):
-        raise ValueError("mutual_argmax: a or b holds NaN or infinite values")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("product_argmax: x or y holds NaN or infinite values")
     distinct, which = torch.unique(y, dim=0, return_inverse=True)
     first = torch.full((len(distinct),), len(y), device=y.device)
     first.scatter_reduce_(0, which, torch.arange(len(y), device=y.device), "amin")
@@ -384,6 +390,8 @@ def _norm(x: Tensor) -> Tensor:
 
 def _normalised(x: Tensor) -> Tensor:
     norm = _norm(x)
+    if not norm.isfinite().all():
+        raise ValueError("mutual_argmax: a or b holds NaN, infinite or overflowing values")
     return x / torch.where(norm > 0, norm, 1)[:, None]
 
 
@@ -421,8 +429,9 @@ def _full_type(x: Tensor) -> torch.dtype:
 def _check_rows(a: Tensor, b: Tensor) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise ValueError(f"expected [N1, C] and [N2, C] with rows, got {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.dtype != b.dtype or a.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"expected two tensors of one floating dtype, got {a.dtype} and {b.dtype}")
+    if a.device != b.device or a.dtype != b.dtype or a.dtype not in (torch.float32, torch.float64):
+        raise ValueError("expected two tensors of one floating dtype on one device, "
+                         f"got {a.dtype} on {a.device} and {b.dtype} on {b.device}")
 
 
 def _check_maps(x: Tensor, metric: str) -> None:

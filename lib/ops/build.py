@@ -46,6 +46,7 @@ from lib.errors import UserError
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")  # and PTX of the last
 DIGEST_BYTES = 32
+operators: dict[str, Operator] = {}  # all that are declared
 _state = {"mode": os.environ.get("SEGADAPT_OPS", "auto")}
 
 
@@ -59,6 +60,7 @@ class Operator:
         torch.library.define(f"segadapt::{self.name}", schema[len(self.name):])
         torch.library.impl(f"segadapt::{self.name}", "default", reference)
         functools.update_wrapper(self, reference)
+        operators[self.name] = self
 
     def __call__(self, *args):
         library = kernels()

@@ -21,7 +21,7 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int] | None = None, align_c
     align_corners=align_corners).argmax(-3); ties go to the lowest class. The compiled CPU operator interpolates in
     ATen's own order of operations, so not even the last bit differs; where ATen uses another order (H + W <= 128,
     channels-last logits, CUDA), a class may win over another one that is equal to within rounding.
-    Raises ValueError for wrong shapes and, where it costs no synchronisation (CPU), for logits that are not finite.
+    Raises ValueError for wrong shapes and for logits that are not finite (the CUDA kernel does not look).
     """
     batch, size = _as_batch(logits, size)
     label = _upsample_argmax(batch, size, align_corners)
@@ -42,9 +42,9 @@ def _as_batch(logits: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, tup
 
 
 def _upsample(image: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """[C, h, w] -> [C, H, W], float32 or float64; ValueError when a CPU tensor is not finite."""
+    """[C, h, w] -> [C, H, W], float32 or float64; ValueError when it is not finite."""
     image = image if image.dtype == torch.float64 else image.float()
-    if image.device.type == "cpu" and not image.isfinite().all():
+    if not image.isfinite().all():
         raise ValueError("logits hold NaN or infinite values")
     if tuple(image.shape[1:]) == tuple(size):
         return image
@@ -61,7 +61,7 @@ class Thresholds(NamedTuple):
 
 _BIN_BITS = 12                         # a coarse bin holds 2^12 neighbouring floats
 _BINS = 0x40000000 >> _BIN_BITS        # bins for [0, 2): the bits of 2.0f are 0x40000000
-_INVALID, _PIXELS = _BINS, _BINS + 1   # columns: confidences that are NaN or not below 2; all pixels of the class
+_INVALID, _PIXELS = _BINS, _BINS + 1   # columns: pixels whose confidence is NaN or not below 2; all pixels of the class
 
 
 def new_histogram(num_classes: int, device: torch.device | str = "cpu", *, fine: bool = False) -> Tensor:
@@ -90,7 +90,8 @@ def confidence_histogram_(hist: Tensor, logits: Tensor, size: tuple[int, int] | 
 
     Compiled and reference results are equal to the last bit for probabilities given at full size. For logits, exp may
     differ in its last place between them (and between CPU and CUDA), but not between the passes of one implementation.
-    Raises ValueError for wrong shapes or dtypes and, on the CPU, for NaN or infinity; on CUDA select_threshold does.
+    Raises ValueError for wrong shapes, dtypes or devices and for NaN or infinity in the logits or the prior; the CUDA
+    kernel, which does not wait for its result, counts such pixels as invalid instead, and select_threshold raises.
     """
     return _count(hist, None, logits, size, align_corners, flipped, prior, probabilities, ds_rate, value)
 
@@ -158,7 +159,8 @@ def pseudo_label(logits: Tensor, thresholds: Tensor, size: tuple[int, int] | Non
     thresholds: [C] float32, positive. Everything else as in confidence_histogram_.
     Returns uint8 [H, W] or [N, H, W]; quotients are IEEE divisions in float32, ties go to the lowest class. Neither the
     upsampled logits nor the probabilities are written.
-    Raises ValueError for wrong shapes or dtypes and, on the CPU, for NaN or infinity (on CUDA such pixels are 255).
+    Raises ValueError for wrong shapes, dtypes or devices and for NaN or infinity (the CUDA kernel labels such pixels
+    255).
     """
     batch, size, flipped, prior = _checked(logits, size, flipped, prior)
     thresholds = torch.as_tensor(thresholds, dtype=torch.float32, device=batch.device)
@@ -170,7 +172,7 @@ def pseudo_label(logits: Tensor, thresholds: Tensor, size: tuple[int, int] | Non
 
 def _count(hist, bins, logits, size, align_corners, flipped, prior, probabilities, ds_rate, value):
     batch, size, flipped, prior = _checked(logits, size, flipped, prior)
-    _check_histogram(hist, bins, batch.shape[1], ds_rate)
+    _check_histogram(hist, bins, batch.shape[1], batch.device, ds_rate)
     if value not in ("conf", "prob"):
         raise ValueError(f"value must be 'conf' or 'prob', not {value!r}")
     label, confidence = _confidence_histogram_(hist, bins, batch, flipped, prior, size, align_corners, probabilities,
@@ -178,11 +180,13 @@ def _count(hist, bins, logits, size, align_corners, flipped, prior, probabilitie
     return (label, confidence) if logits.dim() == 4 else (label[0], confidence[0])
 
 
-def _check_histogram(hist, bins, classes, ds_rate):
+def _check_histogram(hist, bins, classes, device, ds_rate):
     width = _BINS + 2 if bins is None else 1 << _BIN_BITS
     if hist.dtype != torch.int64 or hist.shape != (classes, width) or not hist.is_contiguous():
         raise ValueError(f"histogram: expected contiguous int64 {(classes, width)} (see new_histogram), "
                          f"got {hist.dtype} {tuple(hist.shape)}")
+    if hist.device != device or (bins is not None and bins.device != device):
+        raise ValueError(f"the histogram and bins must be on the logits' device: new_histogram({classes}, {device!s})")
     if bins is not None and (bins.dtype != torch.int64 or bins.shape != (classes,)):
         raise ValueError(f"bins: expected int64 [{classes}] from select_threshold, got {tuple(bins.shape)}")
     if ds_rate < 1:
@@ -196,8 +200,10 @@ def _checked(logits, size, flipped, prior):
             raise ValueError(f"flipped: expected {logits.dtype} {tuple(logits.shape)} like the logits, "
                              f"got {flipped.dtype} {tuple(flipped.shape)}")
         flipped = flipped.detach().reshape(batch.shape)
-    if prior is not None and (prior.dtype != torch.float32 or prior.shape != (batch.shape[1], *size)):
-        raise ValueError(f"prior: expected float32 {(batch.shape[1], *size)}, got {prior.dtype} {tuple(prior.shape)}")
+    if prior is not None and (prior.dtype != torch.float32 or prior.shape != (batch.shape[1], *size)
+                              or prior.device != logits.device):
+        raise ValueError(f"prior: expected float32 {(batch.shape[1], *size)} on {logits.device}, "
+                         f"got {prior.dtype} {tuple(prior.shape)} on {prior.device}")
     return batch, size, flipped, prior
 
 
@@ -216,27 +222,34 @@ def _probabilities(logits, flipped, prior, size, align_corners, probabilities) -
         p = p.softmax(0)
     if flipped is not None:
         p = (p + _probabilities(flipped, None, None, size, align_corners, probabilities).flip(-1)) * 0.5
-    return p if prior is None else p * prior
+    if prior is None:
+        return p
+    if not prior.isfinite().all():
+        raise ValueError("the prior holds NaN or infinite values")
+    return p * prior
 
 
 def _count_confidences(hist, bins, label, confidence, ds_rate):
     for n in range(len(label)):
         for c in range(len(hist)):
-            values = confidence[n][label[n] == c]
-            _add_confidences(hist, bins, c, values[::ds_rate])
-            if bins is None:
-                hist[c, _PIXELS] += len(values)
+            _add_confidences(hist, bins, c, confidence[n][label[n] == c][::ds_rate])
 
 
 def _add_confidences(hist, bins, c, values):
-    bits = values.contiguous().view(torch.int32)
-    bits = bits.where(values > 0, 0).where(~values.isnan(), _INVALID << _BIN_BITS).long()
-    bucket = (bits >> _BIN_BITS).clamp(max=_INVALID)
+    values = values[values < 2].contiguous()
+    bits = values.view(torch.int32).where(values > 0, 0).long()
+    bucket = bits >> _BIN_BITS
     if bins is None:
-        hist[c] += torch.bincount(bucket, minlength=_BINS + 2)
+        hist[c, :_BINS] += torch.bincount(bucket, minlength=_BINS)
     else:
         inside = bits[bucket == bins[c]] & ((1 << _BIN_BITS) - 1)
         hist[c] += torch.bincount(inside, minlength=1 << _BIN_BITS)
+
+
+def _count_pixels(hist, label, confidence):
+    """Fills the columns that count every pixel, sampled or not."""
+    for column, counted in ((_INVALID, label[~(confidence < 2)]), (_PIXELS, label)):
+        hist[:, column] += torch.bincount(counted.flatten(), minlength=len(hist))
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------
@@ -274,10 +287,10 @@ def _confidence_histogram_(hist, bins, logits, flipped, prior, size, align_corne
         if own:
             for c in range(len(hist)):
                 _add_confidences(hist, bins, c, p[c].flatten()[::ds_rate])
-            if bins is None:
-                hist[:, _PIXELS] += torch.bincount(predicted.flatten(), minlength=len(hist))
     if not own:
         _count_confidences(hist, bins, label, confidence, ds_rate)
+    if bins is None:
+        _count_pixels(hist, label, confidence)
     return label, confidence
 
 
