@@ -383,6 +383,20 @@ def test_mistakes_on_the_command_line_are_named(tmp_path, pairs):
     assert "the list is empty" in refused(*good, "--list", tmp_path / "empty.txt")
 
 
+@pytest.mark.parametrize("set_", ["val/../val", "/", ".", "..", "x" * 5000, "*", "{set}", "[val]"])
+def test_sets_that_are_no_folder(tmp_path, pairs, set_):
+    message = refused(tmp_path, tmp_path / "pred", "--set", set_)
+    assert "no label of the set" in message and len(message) < 1500
+
+
+def test_labels_that_a_description_places_by_an_absolute_path(tmp_path, pairs):
+    """As train_cbst.py writes it for its pseudo-labels."""
+    entries = json.loads((ROOT / "lib/datasets/cityscapes.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**entries, "labels": f"{tmp_path}/{entries['labels']}"}))
+    plain = run(tmp_path / "gtFine", tmp_path / "pred").stdout
+    assert run(tmp_path / "gtFine", tmp_path / "pred", "--data", tmp_path / "mine.json").stdout == plain
+
+
 @pytest.mark.parametrize("line, said", [
     ("x" * 5000, "x..."), ("/", " /"), (".", " ."), ("..", " .."), ("\0", "\0"), ("../../a.png", " ../../a.png")])
 def test_list_lines_that_name_no_image(tmp_path, pairs, line, said):
