@@ -25,7 +25,7 @@ import glob
 import json
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePath
@@ -125,6 +125,9 @@ def _chosen(list_file: Path, by_name: Mapping[str, list[str]], gt_dir: Path) -> 
     if wrong:
         raise UserError(f"{list_file}: {len(wrong)} of {len(lines)} images have no label, or several, in {gt_dir}: "
                         + listed(wrong))
+    twice = [line for line, n in Counter(lines).items() if n > 1]
+    if twice:
+        raise UserError(f"{list_file}: {len(twice)} images are listed more than once: {listed(twice)}")
     return [labels[0] for labels in found]
 
 

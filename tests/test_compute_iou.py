@@ -405,9 +405,12 @@ def test_list_lines_that_name_no_image(tmp_path, pairs, line, said):
     assert "1 of 2 images have no label" in message and message.endswith(f"{said}\n") and len(message) < 2000
 
 
-def test_a_list_with_a_byte_order_mark(tmp_path, pairs):
+def test_lists_with_a_byte_order_mark_with_repeated_lines_and_of_another_encoding(tmp_path, pairs):
     (tmp_path / "list.txt").write_text(f"{NAMES[0]}_leftImg8bit.png\n", encoding="utf-8-sig")
     assert run(tmp_path, tmp_path / "pred", "--list", tmp_path / "list.txt").stdout.endswith("1 images\n")
+    (tmp_path / "list.txt").write_text(f"{NAMES[0]}_leftImg8bit.png\n" * 2)
+    message = refused(tmp_path, tmp_path / "pred", "--list", tmp_path / "list.txt")
+    assert f"1 images are listed more than once: {NAMES[0]}" in message
     (tmp_path / "list.txt").write_bytes(b"\xff\xfea\0")
     assert "not a UTF-8 text file" in refused(tmp_path, tmp_path / "pred", "--list", tmp_path / "list.txt")
 
