@@ -21,10 +21,11 @@ that the predictions' values are indices into that list (0..15), not into the da
 Nothing here imports torch, so that the scores come at once.
 """
 import argparse
+import glob
 import json
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePath
@@ -76,33 +77,32 @@ def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, l
             raise UserError(f"{folder}: no such folder")
     if d.labels is None:
         raise UserError(f"'{d.name}' has no labels to score against")
-    wanted, parts = set_ or d.sets["val"], PurePath(d.labels).parts
+    wanted, parts = set_ or d.sets["val"], PurePath(d.labels.lstrip("/")).parts
     for depth in range(len(parts)):  # of gt_dir below the root of the data set
         tail = "/".join(parts[depth:])
-        labels = sorted(gt_dir.glob(pattern_glob(tail, wanted)))
-        if labels:
+        found = sorted(glob.iglob(pattern_glob(tail, wanted), root_dir=gt_dir), key=lambda path: path.split("/"))
+        matches = {path: match for path in found if (match := pattern_regex(tail).fullmatch(path))}
+        if matches:
             break
     else:
-        raise UserError(f"{gt_dir}: no label of the set '{wanted}' of '{d.name}' (looked for {d.labels} and for its "
-                        "last parts); choose the data with --data and --set")
+        raise UserError(f"{gt_dir}: no label of the set '{shorten(wanted)}' of '{d.name}' (looked for {d.labels} and "
+                        "for its last parts); choose the data with --data and --set")
     if list_file is None and d.list:
         root = [gt_dir.absolute(), *gt_dir.absolute().parents][depth]
         list_file = root / d.list.format(set=wanted)
-        list_file = list_file if list_file.is_file() else None
+        list_file = list_file if os.path.isfile(list_file) else None
     if set_ and "{set}" not in tail and not (list_file and d.list):
         raise UserError(f"{gt_dir}: --set {set_} has no meaning here, since the folder does not tell sets apart")
 
     pattern, names, by_name = PurePath(d.images).name, {}, defaultdict(list)
-    for label in labels:
-        fields = pattern_regex(tail).fullmatch(label.relative_to(gt_dir).as_posix()).groupdict()
+    for path, match in matches.items():
         try:
-            names[label] = _png(pattern.format(**{"set": wanted, **fields}))
+            names[path] = _png(pattern.format(**{"set": wanted, **match.groupdict()}))
         except KeyError as e:
             raise UserError(f"{gt_dir}: give a folder further up, its name is part of the images' names: {e}") from None
-        by_name[names[label]].append(label)
-    if list_file is not None:
-        labels = _chosen(list_file, by_name, gt_dir)
-    pairs = [(label, _prediction(pred_dir, label.relative_to(gt_dir).parent, names[label])) for label in labels]
+        by_name[names[path]].append(path)
+    chosen = names if list_file is None else _chosen(list_file, by_name, gt_dir)
+    pairs = [(gt_dir / path, _prediction(pred_dir, PurePath(path).parent, names[path])) for path in chosen]
     claims = defaultdict(list)
     for label, prediction in pairs:
         claims[prediction].append(label)
@@ -118,13 +118,16 @@ def _png(image: str) -> str:
     return f"{PurePath(image).stem}.png"
 
 
-def _chosen(list_file: Path, by_name: Mapping[str, list[Path]], gt_dir: Path) -> list[Path]:
+def _chosen(list_file: Path, by_name: Mapping[str, list[str]], gt_dir: Path) -> list[str]:
     lines = read_lines(list_file)
     found = [by_name.get(_png(line), []) for line in lines]
     wrong = [line for line, labels in zip(lines, found, strict=True) if len(labels) != 1]
     if wrong:
         raise UserError(f"{list_file}: {len(wrong)} of {len(lines)} images have no label, or several, in {gt_dir}: "
                         + listed(wrong))
+    twice = [line for line, n in Counter(lines).items() if n > 1]
+    if twice:
+        raise UserError(f"{list_file}: {len(twice)} images are listed more than once: {listed(twice)}")
     return [labels[0] for labels in found]
 
 
