@@ -34,7 +34,7 @@ import numpy as np
 from lib import flags
 from lib.datasets.description import Description, load_description, pattern_glob, pattern_regex
 from lib.datasets.labels import label_table, label_values, read_indices
-from lib.errors import UserError, itemized, listed
+from lib.errors import UserError, itemized, listed, shorten
 from lib.files import atomic_write, check_writable, read_json, read_lines
 from lib.metrics import fold_rows, iou_dict, iou_table, joint_histogram, mean_iou, per_class_iou, restrict
 
@@ -159,7 +159,8 @@ def choose_classes(text: str | None, names: Sequence[str], subsets: Mapping[str,
     chosen = subsets.get(text) or [name.strip() for name in text.split(",")]
     unknown = [name for name in chosen if name not in names]
     if unknown or len(set(chosen)) < len(chosen):
-        raise UserError(f"no classes '{text}': {', '.join(unknown) or 'one is given twice'}; the choice is "
+        reason = "there is no " + listed([f"'{name}'" for name in unknown]) if unknown else "one is given twice"
+        raise UserError(f"no classes '{shorten(text)}': {reason}; the choice is "
                         f"{', '.join([*subsets, str(len(names))])}, or names out of {', '.join(names)}")
     return [names.index(name) for name in chosen]
 
@@ -246,7 +247,7 @@ def look_like_ids(as_ids: np.ndarray, as_indices: np.ndarray) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.json:
+    if args.json is not None:
         check_writable(args.json, "Choose another --json")
     if args.devkit_dir:
         data, read, subsets, encoding = str(args.devkit_dir), read_indices, {}, "ids"
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.label_ids and encoding == "rgb":
         raise UserError(f"--label-ids: the labels of '{data}' are colours; predictions must hold class indices")
     predicted = choose_classes(args.predicted, names, subsets)
-    keep = choose_classes(args.classes or args.predicted, names, subsets)
+    keep = choose_classes(args.predicted if args.classes is None else args.classes, names, subsets)
 
     ids = np.where((table >= 0) & (table < len(names)), table, len(names))  # the class of each label value
     indices = np.full(256, len(names))
@@ -280,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"===> mIoU: {round(mean_iou(confusion) * 100, 2)}\n")
     print(iou_table(scored, {"IoU": confusion}))
     print(f"{len(pairs)} images")
-    if args.json:
+    if args.json is not None:
         result = {"data": data, "ground_truth": str(args.gt_dir), "predictions": str(args.pred_dir),
                   "images": len(pairs), **iou_dict(scored, confusion),
                   "confusion_columns": [*scored, *(name for name in names if name not in scored),

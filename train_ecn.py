@@ -50,6 +50,7 @@ from lib.datasets.persons import (
 )
 from lib.datasets.transforms import PIXELS
 from lib.demo.persons import render_persons
+from lib.errors import UserError
 from lib.models.reid import ARCHITECTURES, EARLY, IDNet, SPGANNet, freeze, from_weights, set_train_mode
 from lib.predict_reid import PersonValidation
 from lib.runtime import as_float32
@@ -70,7 +71,7 @@ PRESETS = {
 # --demo: a ResNet-18 from random weights on the rendered pair
 DEMO = dict(source="plaza", target="campus", data_dir="data/demo/persons/{seed}", snapshot_dir="logs/demo/{seed}",
             arch="resnet18", features=256, restore_from="none", height=64, width=32, num_workers=0, batch_size=32,
-            learning_rate=0.05, lr_trunk=0.05, epochs=20, epochs_decay=14, bn="train", save_num_images=6)
+            learning_rate=0.05, lr_trunk=0.05, epochs=12, epochs_decay=9, bn="train", save_num_images=6)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -116,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--momentum", type=flags.below_one, default=0.9)
     opt.add_argument("--weight-decay", type=flags.amount, default=5e-4)
     opt.add_argument("--epochs", type=flags.count, help="passes of the source (60 ECN, 50 ide and camstyle)")
-    opt.add_argument("--epochs_decay", "--epochs-decay", type=flags.count, default=40, help="between drops of the rate")
+    opt.add_argument("--epochs_decay", "--epochs-decay", type=flags.count, help="between drops of the rate (40)")
     opt.add_argument("--num-steps", type=flags.count, help="iterations, in place of --epochs")
     opt.add_argument("--steps-decay", type=flags.count, help="iterations between drops, in place of --epochs_decay")
     score = p.add_argument_group("scores")
@@ -139,13 +140,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if known.preset and known.method != "ide":
         p.error(f"--preset {known.preset} is a setting of --method ide")
     preset = {key: value for key, value in PRESETS.get(known.preset, {}).items() if key != "layout"}
+    if known.epochs or known.epochs_decay:  # given in epochs, not in the preset's steps
+        preset = {**preset, "num_steps": None, "steps_decay": None}
     p.set_defaults(**{"save_pred_every": 1000, **METHODS[known.method], **preset})
     args = flags.parse(p, argv, DEMO)
+    args.epochs_decay = args.epochs_decay or 40
     args.snapshot_dir = args.snapshot_dir or f"logs/{args.method}"
     args.lr_trunk = 0.1 * args.learning_rate if args.lr_trunk is None else args.lr_trunk
-    if args.method == "ecn" and args.epochs and args.inv_alpha * (args.epochs - 1) > 1:
-        p.error(f"--inv-alpha {args.inv_alpha}: alpha of Eq. 2 is that times the epoch and must stay below 1, in "
-                f"{args.epochs} epochs too")
+    if args.bn != "fixed" and 1 in (args.batch_size, args.camstyle):
+        p.error("batch normalisation needs at least 2 images: raise -b and --camstyle, or take --bn fixed")
     if args.lmp and args.output_feature == "fc":
         p.error("--lmp takes the parts of pool5, not of fc")
     if args.preset == "spgan" and not args.features:
@@ -349,6 +352,9 @@ def train(args: argparse.Namespace) -> Session:
     epoch_steps = max(1, len(images_s) // (args.batch_size * run.world))
     num_steps = args.num_steps or args.epochs * epoch_steps
     drop_steps = args.steps_decay or args.epochs_decay * epoch_steps
+    if memory is not None and args.inv_alpha * ((num_steps - 1) // epoch_steps) > 1:
+        raise UserError(f"--inv-alpha {args.inv_alpha}: alpha of Eq. 2 is that times the epoch, and would exceed 1 in "
+                        f"{num_steps} steps of {epoch_steps} an epoch")
 
     def meta_of(iteration: int) -> dict[str, object]:
         return {"script": "train_ecn.py", "iteration": iteration, "method": args.method, "pixels": pixels,
@@ -373,10 +379,10 @@ def train(args: argparse.Namespace) -> Session:
         if style_people:
             batches_style = endless(PersonImages(style_people, augment, seed=seed + 2), args.camstyle, args.num_workers,
                                     seed=seed + 2, start=session.iteration, rank=run.rank, world=run.world)
+        set_train_mode(net, args.bn)
         for i in session.steps(num_steps):
             epoch = i // epoch_steps
             lr = set_step_lr(optimizer, i // drop_steps)
-            set_train_mode(net, args.bn)
             batch_s, more = next(batches_s), {}
             names = list(batch_s.name)
             if batches_style is not None:
@@ -414,6 +420,7 @@ def evaluate(args: argparse.Namespace) -> int:
         source = open_persons(args.data_dir, args.source, ["train"], msmt_val=args.msmt_val)
     target = open_persons(args.data_dir, args.target, msmt_val=args.msmt_val)
     check(target)
+    runtime.header(run, {"weights": path, "target": target.root, "kernels": ops.backend()})
     validation = validation_of(args, source, target, args.pixels or meta.get("pixels", "imagenet"), run)
     validation.score(net)
     validation.report()

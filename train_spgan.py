@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, runtime, visual
+from lib import checkpoint, flags, ops, runtime, visual
 from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
-from lib.datasets.pictures import read_image, spread
+from lib.datasets.pictures import open_image, read_image, spread
 from lib.datasets.unpaired import (
+    MIN_SIDE,
     PREPROCESS,
     Domains,
     Preprocess,
@@ -48,7 +49,6 @@ from lib.demo.translation import compare_translations
 from lib.errors import UserError
 from lib.models.cyclegan import (
     BLOCKS,
-    MIN_SIDE,
     InstanceNorm,
     ResnetGenerator,
     build_generator,
@@ -66,8 +66,6 @@ DEFAULTS = {
                      lr_policy="linear", lambda_contrastive=0.0, init_type="normal"),
     "spgan": dict(load_size=(144, 286), crop_size=(128, 256), n_epochs=20, n_epochs_decay=0, batch_size=8,
                   lr_policy="constant", lambda_contrastive=2.0, init_type="default")}
-
-
 # --demo: narrow networks on the rendered pair
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_translation/{seed}", preprocess="crop", crop_size=(96, 96),
             ngf=16, ndf=16, netG="resnet_6blocks", batch_size=1, lr=1e-3, lambda_identity=0.0, n_epochs=2,
@@ -99,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net = p.add_argument_group("networks")
     net.add_argument("--netG", choices=list(BLOCKS), default="resnet_9blocks")
     net.add_argument("--netD", choices=["basic", "n_layers"], default="basic", help="basic: three strided layers")
-    net.add_argument("--n_layers_D", type=flags.count, default=3, help="with --netD n_layers")
+    net.add_argument("--n_layers_D", type=flags.count, help="with --netD n_layers (3)")
     net.add_argument("--ngf", type=flags.count, default=64, help="filters of G's first layer")
     net.add_argument("--ndf", type=flags.count, default=64, help="filters of D's first layer")
     net.add_argument("--upsample", choices=["transposed", "resize"], default="transposed",
@@ -145,8 +143,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         p.error("--labelled needs --source, whose labels it uses, --segmenter and --direction AtoB")
     if args.n_epochs + args.n_epochs_decay < args.epoch_count:
         p.error(f"--epoch_count {args.epoch_count}: there are {args.n_epochs + args.n_epochs_decay} epochs")
-    if args.netD == "basic":
-        args.n_layers_D = 3
+    if args.netD == "basic" and args.n_layers_D not in (None, 3):
+        p.error("--n_layers_D is of --netD n_layers")
+    if args.method == "cyclegan" and args.lambda_contrastive:
+        p.error("--lambda_contrastive is of --method spgan")
+    args.n_layers_D = args.n_layers_D or 3
     return args
 
 
@@ -348,12 +349,11 @@ def step(nets: Networks, pool_a: ImagePool, pool_b: ImagePool, x_a: Tensor, x_b:
                 loss_con(e_x, e_fake, True) + loss_con(e_fake, e_other, False, w.margin) / 2)
         if segmenter is not None:
             terms["semantic"] = w.lambda_semantic * loss_semantic(segmenter, as_float32(fake), x, y)
-        total = sum(terms.values())  # CycleGAN, Eq. 3; SPGAN, Eq. 6
-        update.backward("G", total)
+        update.backward("G", sum(terms.values()))  # CycleGAN, Eq. 3; SPGAN, Eq. 6
         losses |= {f"{term}_{name}": loss.detach() for term, loss in terms.items()}
-        losses["G"] = losses.get("G", 0) + total.detach()
     if train_g:
         update.step("G")
+        losses["G"] = sum(losses.values())
     x_ab, x_ba = fakes
 
     if train_sia:
@@ -444,12 +444,12 @@ class LastLosses(dict):
 class ReleasedNames(Session):
     """Snapshots under the names of CycleGAN's release, latest_net_G_A.pth and after some epochs 5_net_G_A.pth, ..."""
 
+    labels: Callable[[int], Sequence[str]]  # after an iteration
+
     def save_snapshot(self) -> None:
-        meta = self.meta(self.iteration)
-        due = meta["epoch_ends"] and (meta["epoch"] % self.args.save_epoch_freq == 0 or meta["last"])
-        for suffix, net in self.modules.items() if self.run.is_main else ():
-            for label in ("latest", str(meta["epoch"]))[:1 + due]:
-                checkpoint.save_weights(net, self.folder / f"{label}_net_{suffix}.pth", meta)
+        for label in self.labels(self.iteration) if self.run.is_main else ():
+            for suffix, net in self.modules.items():
+                checkpoint.save_weights(net, self.folder / f"{label}_net_{suffix}.pth", self.meta(self.iteration))
 
 
 def open_data(args: argparse.Namespace, segmenter: nn.Module | None) -> Domains:
@@ -466,7 +466,14 @@ def open_data(args: argparse.Namespace, segmenter: nn.Module | None) -> Domains:
     if args.labelled:
         source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
         labelled = ImageFolder(source, segmenter.classes, None, task=load_description(segmenter.task))
-    return open_domains(found, transform, transform, args.random_seed, labelled, args.check_data)
+    data = open_domains(found, transform, transform, args.random_seed, labelled, args.check_data)
+    if args.batch_size > 1 and not args.preprocess.endswith("crop"):
+        for domain in data[:2]:
+            sizes = {transform.working_size(open_image(path).size) for path in domain.images}
+            if len(sizes) > 1:
+                raise UserError(f"{domain.name} has pictures of {len(sizes)} sizes, which make no batch of "
+                                f"{args.batch_size}: choose a --preprocess that crops, or --batch_size 1")
+    return data
 
 
 def preprocess(args: argparse.Namespace) -> Preprocess:
@@ -496,6 +503,7 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
     """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
+    ops.use(args.ops)
     folder, spgan = Path(args.snapshot_dir), args.method == "spgan"
     segmenter = load_segmenter(args.segmenter).to(run.device) if args.segmenter else None
     data = data or open_data(args, segmenter)
@@ -535,10 +543,14 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
     w, last_losses = Weights(*(getattr(args, name) for name in Weights._fields)), LastLosses()
 
     def meta_of(iteration: int) -> dict[str, object]:
-        epochs, rest = divmod(iteration, epoch_length)
         return {"script": "train_spgan.py", "method": args.method, "direction": args.direction,
-                "iteration": iteration, "epoch": args.epoch_count - 1 + epochs, "epoch_ends": rest == 0,
-                "last": iteration == total, "scale": preprocess(args).scale}
+                "iteration": iteration, "scale": preprocess(args).scale}
+
+    def labels_of(iteration: int) -> list[str]:
+        epochs, rest = divmod(iteration, epoch_length)
+        epoch = args.epoch_count - 1 + epochs
+        numbered = rest == 0 and (epoch % args.save_epoch_freq == 0 or iteration == total)
+        return ["latest", *([str(epoch)] if numbered else [])]
 
     panels = Panels(nets, data, preprocess(args), folder / "pictures", run, args.save_num_images)
     with ReleasedNames(run, args, folder, modules, list(optimizers.values()), scaler=scaler, meta=meta_of, prefix="",
@@ -550,8 +562,8 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
             "domain A": f"{len(a)} pictures of {a.name}", "domain B": f"{len(b)} pictures of {b.name}",
             "pictures": f"{args.preprocess}, load {args.load_size}, crop {args.crop_size}",
             "batch": f"{batch} pairs = {args.batch_size} x {run.world} processes",
-            "steps": f"{session.iteration} to {total}: epochs {args.epoch_count} to {last_epoch} of {epoch_length}"})
-        first = session.iteration
+            "steps": f"{session.iteration} to {total}: epochs {args.epoch_count} to {last_epoch}"})
+        session.labels, first = labels_of, session.iteration
         batches_a, batches_b = session.batches(a, args.random_seed), session.batches(b, args.random_seed + 1)
         for i in session.steps(total):
             epoch = args.epoch_count + i // epoch_length

@@ -16,6 +16,7 @@ from lib import ops, visual
 from lib.datasets.folder import outlive_stop
 from lib.datasets.persons import Person, PersonImages, PersonSet, TestTransform
 from lib.datasets.pictures import read_image, spread
+from lib.errors import UserError
 from lib.metrics_reid import Scores, match_lists, reranked_scores, scores
 from lib.models.reid import IDNet, SPGANNet, retrieval_features
 from lib.runtime import Run
@@ -154,7 +155,8 @@ class PersonValidation:
     No best is kept: choosing a snapshot by these scores would need the target's labels. bn_stats "target": BN
     statistics are re-estimated on the target's training images first. rerank: a second line of scores, after
     re-ranking. metric_from: labelled images (the source's) that KISSME learns a distance from. panels: folder for
-    ``max_panels`` rank lists at each evaluation. features: arguments of ``extract``.
+    ``max_panels`` rank lists at each evaluation. features: arguments of ``extract``. Raises UserError where no query
+    has a match, or where there are no images for the target's statistics.
     """
 
     def __init__(self, data: PersonSet, transform: TestTransform, run: Run, *, bn_stats: str = "running",
@@ -163,6 +165,11 @@ class PersonValidation:
         self.data, self.transform, self.run, self.bn_stats = data, transform, run, bn_stats
         self.metric_from, self.panels, self.max_panels = metric_from, panels, max_panels
         self.rerank, self.workers, self.features = rerank, workers, features
+        if not len(match_lists(*names_of(data.query), *names_of(data.gallery))[0].item):
+            raise UserError(f"{data.root}: no query has an image of the same person by another camera in the gallery, "
+                            "so nothing can be scored. Are identities and cameras right in the names?")
+        if bn_stats == "target" and not data.train:
+            raise UserError(f"--bn-stats target: {data.root} has no training images (bounding_box_train)")
         self.iteration: int | None = None   # of the last call
         self.scores: dict[str, float] = {}
 

@@ -1,6 +1,6 @@
 """What an iteration of train_spgan.py and a picture through translate.py cost, beside the plain formulation.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python tests/bench_cyclegan.py [--side 256] [--ngf 64] [--size 1024,512] [--device cuda]
+    OMP_NUM_THREADS=1 taskset -c 0 python tests/bench_cyclegan.py [--side 256] [--ngf 64] [--size 1024,512] [--device D]
 
 Random pictures, float32, batch 1; each form in a process of its own. Times are processor seconds on a CPU (wall-clock
 seconds on a GPU), the median of --repeats; memory is what the process (the GPU's allocator) needs at most, beyond what

@@ -4,7 +4,8 @@ A training script with a network of a few parameters (resuming is about the loop
 "step:3" before the 3rd iteration computes, "write best.pth:2" half way through the 2nd write of that file, "rename
 best.pth:2" between writing and renaming it, "log:2" half way through the 2nd line of the log, "never:0"; in scripts
 with rounds also "score:2", "count:2", "refine:2" and "label:2", before the 2nd image of that pass. SIGKILL goes to the
-process alone, other signals to its process group, as a terminal or a scheduler sends them.
+process alone, other signals to its process group, as a terminal or a scheduler sends them. "nan:3" takes no signal: the
+losses of the 3rd iteration are nan.
 """
 import functools
 import importlib
@@ -18,11 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-from lib import checkpoint, files, ops, predict, runtime
-
-# the function of each script that computes an iteration
-STEP = {"train_adaptsegnet": "adapt_backward", "train_cbst": "self_training_backward", "train_pixel_assoc": "backward",
-        "train_gan_da": "update"}
+from lib import checkpoint, files, ops, predict, runtime, session
 
 
 class TinyNet(nn.Module):
@@ -43,9 +40,9 @@ class TinyNet(nn.Module):
 
 
 def shrink(script) -> None:
-    """Give the script networks of a few parameters."""
-    if script.__name__ == "train_gan_da":
-        return  # has --width
+    """Give the script networks of a few parameters, where no flag does."""
+    if script.__name__ not in ("train_adaptsegnet", "train_cbst", "train_pixel_assoc"):
+        return
     script.build = lambda model, classes, *_, **named: TinyNet(classes)
     checkpoint.recognise = lambda weights: {"model": "Deeplab", "arch": "resnet18",
                                             "num_classes": len(weights["layer5.bias"])}
@@ -85,10 +82,21 @@ def interrupt(script, moment: str, number: int) -> None:
         with open(log.path, "a") as file:
             file.write('{"iteration": 5, "lo')
 
+    if when == "nan":
+        step = script.step
+
+        def spoilt(*arguments, **named):
+            nonlocal calls
+            calls += 1
+            losses = step(*arguments, **named)
+            return {key: loss * float("nan") for key, loss in losses.items()} if calls == int(count) else losses
+
+        script.step = spoilt
+        return
     hook(checkpoint.torch, "save", lambda _, file: f"write {str(file.name).rpartition('/.new-')[2]}", half_a_file)
     hook(files.os, "replace", lambda _, path: f"rename {Path(path).name}")
-    hook(script, STEP[script.__name__], lambda *_: "step")
-    hook(runtime.Log, "_write", lambda *_: "log", half_a_line)
+    hook(script, "step", lambda *_: "step")
+    hook(session.Log, "_write", lambda *_: "log", half_a_line)
     for owner, name, label in ((predict, "predict", "score"), (ops, "confidence_histogram_", "count"),
                                (ops, "refine_histogram_", "refine"), (ops, "pseudo_label", "label")):
         hook(owner, name, lambda *_, label=label: label)

@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: a tiny rendered pair, and the scripts as subprocesses."""
+"""What the tests of the scripts share: a tiny rendered pair, and the scripts as processes of their own."""
 import json
 import os
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -32,15 +33,10 @@ def training(pair: Path, folder: Path, *more: str) -> list[str]:
             "--ops", "reference", "--snapshot-dir", str(folder), *more]
 
 
-def command(script: str, *arguments: str, root: Path = ROOT) -> list[str]:
-    return [sys.executable, str(root / script), *arguments]
-
-
 def execute(script: str, *arguments: str, code: int = 0, cwd: Path | None = None,
             seconds: float = 600) -> subprocess.CompletedProcess:
     """Run a script to its end, which must come in time and with the exit code ``code``."""
-    done = subprocess.run(command(script, *arguments), env=ENVIRONMENT, cwd=cwd, text=True, capture_output=True,
-                          timeout=seconds)
+    done = processes.run([str(ROOT / script), *arguments], ENVIRONMENT, cwd, seconds)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -50,10 +46,9 @@ def execute_alone(script: str, folder: Path, *arguments: str) -> str:
     (folder / "elsewhere").mkdir(parents=True)
     shutil.copy(ROOT / script, folder)
     shutil.copytree(ROOT / "lib", folder / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run(command(script, *arguments, "--ops", "auto", root=folder), text=True, capture_output=True,
-                          cwd=folder / "elsewhere", env={**ENVIRONMENT, "SEGADAPT_OPS": "auto", "PYTHONPATH": ""})
+    done = processes.run([str(folder / script), *arguments], {**ENVIRONMENT, "SEGADAPT_OPS": "auto"},
+                         folder / "elsewhere")
     assert done.returncode == 0, done.stderr
-    assert "kernels     reference" in done.stdout
     return done.stdout
 
 
@@ -72,8 +67,8 @@ def logged(folder: Path, key: str | None = None) -> list[dict]:
 
 def interrupted(script: str, *arguments: str, at: str = "never:0", by: str = "SIGKILL", code: int = 0) -> str:
     """Run a script's loop with the networks of interrupted.py; what it printed."""
-    done = subprocess.run([*command("tests/interrupted.py", script.removesuffix(".py"), at, by), *arguments],
-                          env=ENVIRONMENT, capture_output=True, text=True, start_new_session=True, timeout=600)
+    done = processes.run([str(ROOT / "tests/interrupted.py"), script.removesuffix(".py"), at, by, *arguments],
+                         ENVIRONMENT)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -89,14 +84,20 @@ def same(a, b) -> bool:
     return a == b
 
 
-def assert_same_end(folder: Path, uninterrupted) -> None:
-    """uninterrupted: (log lines, resume state, all names written) of a run that nothing disturbed."""
-    lines, state, names = uninterrupted
-    assert logged(folder) == lines
-    ours = checkpoint.load(folder / "resume.pth")
-    for key in state.keys() - {"arguments"}:
-        assert same(ours[key], state[key]), key
-    assert {p.name for p in folder.iterdir()} == names
+def tree(folder: Path) -> dict[str, object]:
+    """Everything a run wrote, to be compared: weights as tensors, texts without the folder's own path."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in (".pth", ".pt", ".tar"):
+            state = dict(checkpoint.load(path))
+            state.pop("arguments", None)
+            found[name] = state
+        elif path.suffix in (".json", ".jsonl", ".txt"):
+            found[name] = path.read_text().replace(str(folder), "HERE")
+        else:
+            found[name] = path.read_bytes()
+    return found
 
 
 def with_voids(pair: Path, copy: Path) -> Path:
@@ -116,3 +117,10 @@ def torchrun(script: str, *arguments: str) -> subprocess.CompletedProcess:
                            str(ROOT / script), *arguments], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def in_two_processes(script: str, *arguments: str) -> str:
+    """The same without torchrun, whose own start takes longer than such a run; what the first process printed."""
+    done = processes.run_together([str(ROOT / script), *arguments], ENVIRONMENT)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    return done[0].stdout

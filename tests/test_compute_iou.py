@@ -371,7 +371,9 @@ def test_mistakes_on_the_command_line_are_named(tmp_path, pairs):
     assert "no label of the set 'train' of 'gta5'" in refused(*good, "--data", "gta5")
     assert "no label of the set 'test'" in refused(*good, "--set", "test")
     assert "--set train has no meaning" in refused(tmp_path / "gtFine/val", tmp_path / "pred", "--set", "train")
-    assert "tram; the choice is 16, 13, 19, or names out of road," in refused(*good, "--classes", "road,tram")
+    assert "there is no 'tram'; the choice is 16, 13, 19, or names" in refused(*good, "--classes", "road,tram")
+    assert "no classes '': there is no ''; the choice is" in refused(*good, "--classes", "")
+    assert len(refused(*good, "--classes", "x" * 5000)) < 2000
     assert "one is given twice" in refused(*good, "--classes", "road,road")
     assert "no data set 'kitti'" in refused(*good, "--data", "kitti")
     assert "--workers" in refused(*good, "--workers", "0")

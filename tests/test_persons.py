@@ -84,8 +84,13 @@ def test_msmt17_as_it_is_shipped(tmp_path, folders):
     assert [(p.identity, p.camera) for p in (*data.query, *data.gallery)] == [(1, 4), (1, 5)]
     assert len(open_persons(tmp_path, "msmt17", msmt_val=False).train) == 2
     persons.check(data, check_all=True)
-    (root / "list_query.txt").write_text("0000/0000_000_05_x.jpg\n")
-    with pytest.raises(UserError, match=r"list_query.txt, line 1: expected '0000/0000_000_01"):
+    for line in ("0000/0000_000_05_x.jpg", "0000_000_05_x.jpg " + "9" * 6000, "0000_000_05_x.jpg \u00b2", "x" * 5000):
+        (root / "list_query.txt").write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"list_query.txt, line 1: expected '0000/0000_000_01") as caught:
+            open_persons(tmp_path, "msmt17")
+        assert len(str(caught.value)) < 1500
+    (root / "list_query.txt").write_text(f"{lists['query'][0]}\n0000/0000_000_05_x.jpg 0\n", encoding="utf-8-sig")
+    with pytest.raises(UserError, match="1 of the 2 listed images for query do not exist: .*0000_000_05_x.jpg"):
         open_persons(tmp_path, "msmt17")
 
 

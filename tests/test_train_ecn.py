@@ -176,6 +176,14 @@ def test_rates_fall_at_epochs(people, folder, in_this_process):
     assert [line["lr"] for line in logged(folder, "lr")] == pytest.approx([1e-2] * 3 + [1e-3] * 3 + [1e-4])
 
 
+def test_presets_give_way_to_flags():
+    caffe = ["--method", "ide", "--preset", "spgan-caffe"]
+    args = script.parse_args(caffe)
+    assert (args.num_steps, args.steps_decay, args.learning_rate, args.bn) == (50000, 20000, 0.002, "fixed")
+    args = script.parse_args([*caffe, "--epochs", "9", "--lr", "0.1"])
+    assert (args.num_steps, args.steps_decay, args.epochs, args.learning_rate) == (None, None, 9, 0.1)
+
+
 def test_what_is_frozen(people, folder, in_this_process):
     """From random weights all of the network trains; from weights, ECN leaves conv1 to layer2 as they are."""
     script.main(arguments(people, folder, "--method", "ide"))
@@ -236,6 +244,7 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(people, folder
     (["--camstyle-dir", "none"], "there are no camera styles"),
     (["--restore-from", "nowhere.pth"], "nowhere.pth does not exist"),
     (["--evaluate", "--resume", "nowhere.pth"], "nowhere.pth does not exist"),
+    (["--inv-alpha", "2"], "--inv-alpha 2.0: alpha of Eq. 2 .* would exceed 1 in 4 steps of 3"),
     (["--lr", "1e8"], "is nan|is inf"),
 ])
 def test_mistakes(people, folder, in_this_process, flags, words):
@@ -244,10 +253,9 @@ def test_mistakes(people, folder, in_this_process, flags, words):
 
 
 @pytest.mark.parametrize("flags", [["--preset", "spgan"], ["--method", "camstyle", "--camstyle", "0"],
-                                   ["--inv-alpha", "0.1", "--epochs", "60"],
                                    ["--lmp", "2", "--output_feature", "fc"],
                                    ["--method", "ide", "--preset", "spgan", "--features", "0"], ["--knn", "-1"],
-                                   ["--re", "2"]])
+                                   ["--re", "2"], ["-b", "1"], ["--method", "camstyle", "--camstyle", "1"]])
 def test_flags_that_do_not_fit(people, folder, flags, capsys):
     with pytest.raises(SystemExit) as left:
         script.main(arguments(people, folder, *flags))
@@ -271,6 +279,25 @@ def test_a_checkpoint_with_another_number_of_identities(people, folder, in_this_
     assert script.main(flags) == 0
     assert "other shape: classifier" in capsys.readouterr().out
     assert script.main([*flags, "--evaluate", "--resume", str(folder.parent / "other.tar")]) == 0
+
+
+def test_queries_without_any_match(people, folder, in_this_process):
+    data = folder.parent / "data"
+    shutil.copytree(people, data)
+    shutil.rmtree(data / "campus/query")
+    shutil.copytree(data / "campus/bounding_box_train", data / "campus/query")
+    for path in (data / "campus/query").iterdir():
+        path.rename(path.with_name(f"5{path.name}"))
+    with pytest.raises(UserError, match="no query has an image of the same person by another camera"):
+        script.main(arguments(data, folder))
+
+
+def test_target_statistics_without_target_images(people, folder, in_this_process):
+    data = folder.parent / "data"
+    shutil.copytree(people, data)
+    shutil.rmtree(data / "campus/bounding_box_train")
+    with pytest.raises(UserError, match="--bn-stats target: .* has no training images"):
+        script.main(arguments(data, folder, "--method", "ide", "--bn-stats", "target"))
 
 
 def test_one_message_and_exit_code_2(people, folder):

@@ -1,18 +1,21 @@
 """train_munit.py from its flags to its files; its mathematics is in test_reference_translation.py."""
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import load_reference
 from PIL import Image
-from scripts import logged, same, torchrun
+from scripts import logged, render, same, torchrun
 from torch import nn
 
 import train_munit as script
 from lib import checkpoint, runtime
+from lib.datasets.description import load_description, select_classes
 from lib.datasets.unpaired import FlipResizeCrop, from_symmetric, is_uniform, to_symmetric
 from lib.errors import UserError
+from lib.models.deeplab import build
 from lib.models.segmenter import load_segmenter
 from lib.models.translation import (
     AdaptiveInstanceNorm,
@@ -274,6 +277,39 @@ def test_semantic_loss():
     torch.testing.assert_close(script.loss_semantic(f, fake, x, y), nn.functional.cross_entropy(
         f(fake[1:]), y[1:]))
     assert script.loss_semantic(f, fake, x, torch.full_like(y, 255)) == 0
+
+
+def test_semantic_loss_in_a_run(pair, config, tmp_path, in_this_process):
+    """A trained segmenter of this project judges both directions; the labels of A are those of its pictures."""
+    classes = select_classes(load_description("demo"), load_description("gta5"))
+    torch.manual_seed(0)
+    checkpoint.save_weights(build("Deeplab", len(classes), "resnet18"), tmp_path / "f.pth",
+                            {"task": "demo", "classes": list(classes), "pixels": "imagenet"})
+    common = ["--config", str(config), "--cpu", "--save-num-images", "0", "--max-iter", "1", "--lambda-semantic", "2",
+              "--segmenter", str(tmp_path / "f.pth"), *data(pair)]
+    lines = {}
+    for name, more in (("own", []), ("labels", ["--labelled"])):
+        assert script.main([*common, *more, "--snapshot-dir", str(tmp_path / name)]) == 0
+        lines[name], = logged(tmp_path / name)
+    own, labels = lines["own"], lines["labels"]
+    assert own["loss_gen_semantic_a"] == labels["loss_gen_semantic_a"] > 0
+    assert own["loss_gen_semantic_b"] != labels["loss_gen_semantic_b"] > 0
+    assert labels["loss_gen_total"] - own["loss_gen_total"] == pytest.approx(
+        2 * (labels["loss_gen_semantic_b"] - own["loss_gen_semantic_b"]), rel=1e-3)
+
+
+def test_demo(tmp_path, monkeypatch, in_this_process, capsys):
+    """The table has the originals, what statistics alone do, and the translations."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "render_demo", lambda root, seed: render(root))
+    monkeypatch.setattr(script, "compare_translations", partial(script.compare_translations, steps=1))
+    assert script.main(["--demo", "--max-iter", "1", "--gen-dim", "4", "--dis-dim", "4", "--cpu"]) == 0
+    table = capsys.readouterr().out
+    for column in ("original", "original, target BN", "mean, deviation", "MUNIT", "MUNIT, target BN"):
+        assert column in table
+    folder = tmp_path / "outputs/demo_MUNIT_1234/demo"
+    assert len(list((folder / "MUNIT").iterdir())) == len(list((folder / "matched").iterdir())) == 5
+    assert {"translations.png", "label_maps.png"} <= {p.name for p in folder.iterdir()}
 
 
 def test_vgg16_from_torchvision():

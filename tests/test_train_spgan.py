@@ -170,8 +170,9 @@ def test_semantic_loss(pair, tmp_path):
     checkpoint.save_weights(build("Deeplab", len(classes), "resnet18"), tmp_path / "f.pth",
                             {"task": "demo", "classes": list(classes), "pixels": "imagenet"})
     argv = ["--source", "gta5", "--data-dir", str(pair / "gta5"), "--target", "demo", "--data-dir-target",
-            str(pair / "cityscapes"), "--snapshot-dir", str(tmp_path / "run"), *SMALL, "--preprocess", "none",
-            "--n_epochs", "1", "--n_epochs_decay", "0", "--segmenter", str(tmp_path / "f.pth")]
+            str(pair / "cityscapes"), "--snapshot-dir", str(tmp_path / "run"), *SMALL, "--preprocess",
+            "scale_width", "--load_size", "96", "--n_epochs", "1", "--n_epochs_decay", "0", "--segmenter",
+            str(tmp_path / "f.pth")]
     args = script.parse_args([*argv, "--lambda-semantic", "1", "--labelled"])
     data = script.open_data(args, load_segmenter(tmp_path / "f.pth"))
     sample = data.train_a[(0, 1)]
@@ -189,7 +190,7 @@ def test_pixels():
 
 @pytest.mark.parametrize(("preprocess", "size", "out"), [
     ("resize_and_crop", (96, 72), (64, 64)), ("scale_width_and_crop", (200, 170), (64, 64)),
-    ("none", (97, 74), (96, 72)), ("scale_width", (160, 120), (80, 60)), ("crop", (96, 72), (64, 64))])
+    ("none", (97, 74), (96, 72)), ("scale_width", (200, 160), (80, 64)), ("crop", (96, 72), (64, 64))])
 def test_preprocess(preprocess, size, out):
     transform = Preprocess(preprocess, (80, 80), (64, 64))
     image = picture(np.random.default_rng(0), size)
@@ -199,9 +200,9 @@ def test_preprocess(preprocess, size, out):
     assert np.corrcoef(x[0].flatten(), y.flatten())[0, 1] > 0.9  # cut and mirrored alike
 
 
-def picture_at(path) -> None:
-    path.parent.mkdir()
-    picture(np.random.default_rng(0)).save(path)
+def picture_at(path, size=(96, 72)) -> None:
+    path.parent.mkdir(exist_ok=True)
+    picture(np.random.default_rng(0), size).save(path)
 
 
 # name: (what is done to the folder, giving more flags or None; what the message says)
@@ -210,12 +211,23 @@ CASES = {
     "unreadable": (lambda r: (r / "trainB/2.png").write_text("x"), "2.png: not an image that can be read"),
     "too small": (lambda r: ["--preprocess", "crop", "--crop_size", "96,72"] if Image.new("RGB", (90, 40)).save(
         r / "trainB/1.png") is None else [], "1.png: it is 90x40 after resizing, smaller than the crop of 96x72"),
+    "tiny": (lambda r: ["--preprocess", "none"] if Image.new("RGB", (90, 40)).save(r / "trainB/1.png") is None else [],
+             "1.png: at 88x40, the size of training, it is smaller than 64x64"),
+    "sizes": (lambda r: picture_at(r / "trainB/5.png", (80, 80)) or ["--preprocess", "none", "--batch_size", "2"],
+              "trainB has pictures of 2 sizes, which make no batch of 2"),
     "no folder": (lambda r: (r / "trainB").rename(r / "other"), "no folder trainB"),
     "crop": (lambda r: ["--crop_size", "60"], "multiples of 4, at least 64"),
     "same": (lambda r: (shutil.rmtree(r / "trainB"), (r / "trainB").symlink_to(r / "trainA"))[2:],
              "4 pictures are in both domains"),
     "no segmenter": (lambda r: ["--lambda_semantic", "1", "--segmenter", "nothing.pth"], "nothing.pth does not exist"),
 }
+
+
+@pytest.mark.parametrize("argv", [["--n_layers_D", "2"], ["--lambda_contrastive", "1"], ["--lambda_semantic", "1"],
+                                  ["--labelled"], ["--epoch_count", "201"], ["--crop_size", "0"]])
+def test_flags_that_would_not_act(argv):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--dataroot", "d", *argv])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -142,3 +142,10 @@ def test_a_crop_is_cut_at_random_from_the_resized_image():
     assert len(places) > 10
     x, y = Augment((10, 20), "caffe", True, crop=(4, 3))(image, label, np.random.default_rng(0))
     assert x.shape == (3, 3, 4) and y.shape == (3, 4)
+
+
+def test_a_size_of_one_pixel_survives_random_scales():
+    augment = Augment((1, 1), "caffe", random_scale=True)
+    for seed in range(5):
+        x, y = augment(noise(8, 8), np.zeros((8, 8), np.uint8), np.random.default_rng(seed))
+        assert x.shape == (3, 1, 1) and y.tolist() == [[0]]

@@ -101,7 +101,7 @@ def _parse(entries) -> Description:
     _require(isinstance(size, list) and len(size) == 2 and all(_is_int(v, 1, 1 << 16) for v in size),
              "'size' must be [width, height] in pixels")
     _require(isinstance(sets, dict) and {"train", "val"} <= sets.keys() <= {"train", "val", "source"}
-             and all(isinstance(v, str) for v in sets.values()),
+             and all(isinstance(v, str) and v for v in sets.values()),
              "'sets' must name the sets {\"train\": .., \"val\": ..} and may name a \"source\"")
     _check_paths(entries)
     names, palette, ids = _parse_classes(entries["classes"], encoding)
@@ -139,8 +139,10 @@ def _check_paths(entries: dict) -> None:
         _require(isinstance(entries[key], str) and entries[key], f"'{key}' must be a text")
     for key in ("labels", "list"):
         _require(entries.get(key) is None or isinstance(entries[key], str), f"'{key}' must be a text or null")
-    for key in ("root", "images", "labels", "list"):
-        _require("\0" not in (entries.get(key) or ""), f"'{key}' holds a null character, which no path can")
+    texts = {key: [entries.get(key) or ""] for key in ("root", "images", "labels", "list")}
+    for key, values in {**texts, "sets": entries["sets"].values()}.items():
+        _require(not any(re.search("[\0\ud800-\udfff]", v) for v in values),
+                 f"'{key}' holds a character that no path can")
     _require(re.fullmatch(r"\w[\w .+-]{0,99}", entries["name"]),
              "'name' becomes part of file names: it must start with a letter or digit and have at most 100 letters, "
              "digits, spaces and . + - _")

@@ -27,14 +27,14 @@ from torch.utils.data import Dataset
 
 from lib.datasets.pictures import read_image, spread
 from lib.datasets.transforms import to_tensor
-from lib.errors import UserError
+from lib.errors import UserError, itemized, listed, shorten
+from lib.files import missing_files, read_text
 
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 STYLES = "bounding_box_train_camstyle"
 ENDINGS = (".jpg", ".jpeg", ".png")
 WHO_AND_WHERE = re.compile(r"(-?\d+)_c(\d+)")
 JUNK, DISTRACTOR = -1, 0
-LISTED = 8  # problems in one message
 # Folders looked for below the data folder where there is none of the data set's own name
 ALIASES = {"market": ("market1501", "Market-1501-v15.09.15", "Market-1501"), "duke": ("dukemtmc-reid", "DukeMTMC-reID"),
            "msmt17": ("MSMT17_V2", "MSMT17_V1", "MSMT17")}
@@ -79,13 +79,17 @@ def open_persons(data_dir: str | Path, name: str, parts: Iterable[str] = tuple(F
     """The data set ``name`` (a folder below data_dir, or the path of a folder), images sorted by name.
 
     msmt_val: MSMT17's training set takes list_val too, as ECN's counts do. Raises UserError where a part is missing or
-    empty, a name does not say who and where, or two names lead to one file.
+    empty, a listed image does not exist, a name does not say who and where, or two names lead to one file.
     """
     root = _root(Path(data_dir), name)
     read, junk = {"train": [], "query": [], "gallery": []}, {}
     lists = _msmt_lists(root)
     for part in parts:
         found = list(_from_lists(lists, part, msmt_val) if lists else _from_folder(root / FOLDERS[part]))
+        missing = [found[n].path for n in missing_files(p.path for p in found)]
+        if missing:
+            raise UserError(f"{lists}: {len(missing)} of the {len(found)} listed images for {part} do not exist: "
+                            f"{listed(missing)}")
         read[part] = [p for p in found if p.identity != JUNK]
         junk[part] = len(found) - len(read[part])
         if not read[part]:
@@ -124,7 +128,7 @@ def _from_folder(folder: Path) -> Iterator[Person]:
             else:
                 wrong.append(path.name)
     if wrong:
-        raise UserError(f"{folder} has {len(wrong)} images whose names do not say who and where: {_some(wrong)}. "
+        raise UserError(f"{folder} has {len(wrong)} images whose names do not say who and where: {listed(wrong)}. "
                         "Expected names such as 0002_c1s1_000451_03.jpg (person 2, camera 1)")
 
 
@@ -140,16 +144,12 @@ def _from_lists(folder: Path, part: str, val: bool) -> Iterator[Person]:
     half = "train" if part == "train" else "test"
     images = folder / (half if (folder / half).is_dir() else f"mask_{half}_v2")
     for name in lists:
-        try:
-            lines = (folder / name).read_text().splitlines()
-        except OSError as error:
-            raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_text(folder / name).splitlines(), 1):
             file, _, identity = line.strip().rpartition(" ")
             third = Path(file).name.split("_")[2:3]
-            if not (identity.isdigit() and third and third[0].isdigit()):
+            if not (_is_number(identity) and third and _is_number(third[0])):
                 raise UserError(f"{folder / name}, line {number}: expected '0000/0000_000_01_...jpg 0' (the third "
-                                f"field of the name is the camera), found {line.strip()!r}")
+                                f"field of the name is the camera), found '{shorten(line.strip())}'")
             # the numbers begin at 0 in training and in the test lists alike, where 0 is a person and no distractor
             yield Person(images / file, int(identity) + 1, int(third[0]) - 1)
 
@@ -164,8 +164,8 @@ def _require_one_name_each(root: Path, parts: Mapping[str, Sequence[Person]]) ->
         seen[real] = person.path
 
 
-def _some(names: Sequence[object]) -> str:
-    return ", ".join(map(str, names[:LISTED])) + (f", ... ({len(names)} in all)" if len(names) > LISTED else "")
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 # --- camera styles -------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class CameraStyles:
                    if c != p.camera and self._name(p, c) is None]
         if missing:
             raise UserError(f"{self.folder} lacks {len(missing)} of {len(persons.train) * (len(self.cameras) - 1)} "
-                            f"camera styles: {_some(missing)}. {advice}")
+                            f"camera styles: {listed(missing)}. {advice}")
 
     def path(self, person: Person, camera: int) -> Path:
         """The real image for the person's own camera, else the style image."""
@@ -214,7 +214,7 @@ def style_images(persons: PersonSet, folder: str = STYLES) -> list[Person]:
     files = [path for path in sorted(root.iterdir()) if path.suffix.lower() in ENDINGS]
     unknown = [path.name for path in files if path.stem.rpartition("_fake_")[0] not in real]
     if unknown or not files:
-        raise UserError(f"{root}: " + (f"{len(unknown)} files are not named after a training image: {_some(unknown)}"
+        raise UserError(f"{root}: " + (f"{len(unknown)} files are not named after a training image: {listed(unknown)}"
                                        if unknown else "there is no style image"))
     return [real[path.stem.rpartition("_fake_")[0]]._replace(path=path) for path in files]
 
@@ -399,9 +399,7 @@ def check(persons: PersonSet, check_all: bool = False, sample: int = 50) -> None
     if check_all and not problems:
         problems = list(_same_pictures(persons.train))
     if problems:
-        more = ["..."] if len(problems) > LISTED else []
-        raise UserError("\n  ".join([f"{persons.name} ({persons.root}) has {len(problems)} problems:",
-                                     *problems[:LISTED], *more]))
+        raise UserError(f"{persons.name} ({persons.root}) has {len(problems)} problems:\n{itemized(problems)}")
 
 
 def _same_pictures(persons: Sequence[Person]) -> Iterator[str]:

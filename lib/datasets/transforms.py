@@ -94,7 +94,7 @@ class Augment:
         size = self.size
         if self.random_scale:
             scale = rng.uniform(0.5, 1.5)
-            size = round(size[0] * scale), round(size[1] * scale)
+            size = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
         image, label = resize(image, label, size)
         if self.random_mirror and rng.random() < 0.5:
             image, label = mirror(image, label)

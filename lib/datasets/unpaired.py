@@ -84,6 +84,7 @@ class FlipResizeCrop:
         return to_symmetric(image.crop(box)), cut_label(label, size, box, mirrored, self.ignore)
 
 
+MIN_SIDE = 64  # of what CycleGAN and SPGAN train on, as in UNIT and MUNIT
 PREPROCESS = ("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none")
 
 
@@ -126,6 +127,8 @@ class Preprocess:
     def __call__(self, image: Image.Image, label: np.ndarray | None,
                  rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         size = self.working_size(image.size)
+        if min(size) < MIN_SIDE and not self.how.endswith("crop"):
+            raise UserError(f"at {size[0]}x{size[1]}, the size of training, it is smaller than {MIN_SIDE}x{MIN_SIDE}")
         image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
         box = draw_crop(image, self.crop, rng) if self.how.endswith("crop") else (0, 0, *size)
         x, mirrored = to_symmetric(image.crop(box)), self.mirror and rng.random() < 0.5

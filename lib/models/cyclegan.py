@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from lib.errors import UserError
 from lib.runtime import as_float32
 
-MIN_SIDE = 64  # of a training crop, as in UNIT and MUNIT; D alone needs 24
 BLOCKS = {"resnet_9blocks": 9, "resnet_6blocks": 6}
 
 

@@ -38,7 +38,7 @@ def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_
     settings = json.dumps({"version": VERSION, "seed": seed, "size": list(size), **counts})
 
     def rendered() -> bool:
-        return (root / "demo.json").is_file() and (root / "demo.json").read_text() == settings
+        return (root / "demo.json").is_file() and (root / "demo.json").read_bytes() == settings.encode()
 
     if rendered():
         return root
