@@ -5,6 +5,7 @@ sums in one fixed order, so that every implementation gives the same ranks and l
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ def rank_counts(query: Tensor, gallery: Tensor, listed: Lists, left_out: Lists |
     Raises ValueError for wrong shapes, dtypes or lists and for values that are not finite.
     """
     query, gallery, (listed, left_out) = _checked(query, gallery, listed, left_out)
-    return Ranks(*_rank_counts(query, gallery, *listed, *left_out))
+    with _float32_products(query.device):
+        return Ranks(*_rank_counts(query, gallery, *listed, *left_out))
 
 
 def topk_pairs(x: Tensor, y: Tensor, k: int, left_out: Lists | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +76,8 @@ def topk_pairs(x: Tensor, y: Tensor, k: int, left_out: Lists | None = None) -> t
     x, y, (left_out,) = _checked(x, y, left_out)
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    return _topk_pairs(x, y, k, *left_out)
+    with _float32_products(x.device):
+        return _topk_pairs(x, y, k, *left_out)
 
 
 def pair_distances(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -194,6 +197,26 @@ def _distance_panels(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor, Tens
     for begin in range(0, len(x), rows):
         at = slice(begin, min(begin + rows, len(x)))
         yield at, distances(x[at], y), unit * (x[at].double().square().sum(1) + longest)
+
+
+@contextlib.contextmanager
+def _float32_products(device: torch.device) -> Iterator[None]:
+    """Full float32, whatever torch.set_float32_matmul_precision allows elsewhere: the bound of the tiles needs it."""
+    settings = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision"):  # before PyTorch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _checked(x: Tensor, y: Tensor, *lists: Lists | None) -> tuple[Tensor, Tensor, list[Lists]]:
