@@ -313,9 +313,10 @@ def save_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[t
     net, *others = modules
     state = net.state_dict()
     state.segadapt = dict(meta)
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # where dropout then draws from
     save({"net": state, "others": [module.state_dict() for module in others],
           "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
-          "rng": torch.get_rng_state(), **rest}, path)
+          "rng": torch.get_rng_state(), "rng_gpu": torch.cuda.get_rng_state() if on_gpu else None, **rest}, path)
 
 
 def load_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
@@ -337,6 +338,8 @@ def load_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[t
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
+        if state.get("rng_gpu") is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["rng_gpu"])
         int(state["iteration"])
     except Exception as error:  # what an incomplete or edited file raises depends on what it lacks
         raise UserError(f"{path} does not hold a whole run of this script ({type(error).__name__}: "
