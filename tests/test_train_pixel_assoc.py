@@ -1,5 +1,4 @@
 """train_pixel_assoc.py as its user runs it: every variant, what it writes, and every way it can be stopped."""
-import signal
 from pathlib import Path
 
 import pytest
@@ -7,15 +6,10 @@ import torch
 from interrupted import TinyNet
 from PIL import Image
 from scripts import (
-    assert_same_end,
     execute,
-    execute_alone,
-    interrupted,
     logged,
     message,
-    torchrun,
     training,
-    with_voids,
 )
 
 import train_pixel_assoc as script
@@ -116,42 +110,7 @@ def test_initial_weights_of_any_network(pair, folder):
     assert "100.0 % of the backbone" in done.stdout and "classifier.0.convs.0.0" in done.stdout
 
 
-def test_script_and_lib_alone_in_an_empty_folder(pair, folder):
-    execute_alone(SCRIPT, folder, *arguments(pair, Path("out")))
-    assert (folder / "elsewhere/out/GTA5_2.pth").exists()
-
-
 # --- stopping and going on ----------------------------------------------------------------------------------------
-
-STEPS = ["--num-steps", "6", "--save-pred-every", "2"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(pair, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    interrupted(SCRIPT, *arguments(pair, folder, *STEPS))
-    return logged(folder), checkpoint.load(folder / "resume.pth"), {p.name for p in folder.iterdir()}
-
-
-MOMENTS = {"step:2": 0, "log:5": 2, "write GTA5_4.pth:1": 2, "write resume.pth:3": 4}  # and what resume.pth holds then
-
-
-@pytest.mark.parametrize("when, saved", MOMENTS.items())
-def test_sigkill_and_resume_end_as_if_nothing_had_happened(pair, folder, uninterrupted, when, saved):
-    given = arguments(pair, folder, *STEPS)
-    interrupted(SCRIPT, *given, at=when, code=-signal.SIGKILL)
-    assert (checkpoint.load(folder / "resume.pth")["iteration"] if saved else 0) == saved
-    resumed = interrupted(SCRIPT, *given, "--resume")
-    assert (f"resumed at iteration {saved}" if saved else "starting at the beginning") in resumed
-    assert_same_end(folder, uninterrupted)
-
-
-def test_a_signal_saves_and_leaves(pair, folder, uninterrupted):
-    given = arguments(pair, folder, *STEPS, "--num-workers", "1")
-    text = interrupted(SCRIPT, *given, at="step:3", by="SIGTERM", code=128 + signal.SIGTERM)
-    assert f"stopped at iteration 3; --resume goes on from {folder / 'resume.pth'}" in text and "Traceback" not in text
-    interrupted(SCRIPT, *given, "--resume")
-    assert_same_end(folder, uninterrupted)
 
 
 def test_fp16_scales_its_losses(pair, folder, in_this_process, monkeypatch):
@@ -166,21 +125,6 @@ def test_fp16_scales_its_losses(pair, folder, in_this_process, monkeypatch):
     monkeypatch.setattr(script, "backward", backward)
     assert script.main(arguments(pair, folder, "--amp", "fp16", "--no-aggregate")) == 0
     assert factors[0] == 2 ** 16 and len(logged(folder, "loss_asso_cls")) == 2
-
-
-def test_two_processes_compute_what_one_does_with_the_whole_batch(pair, folder):
-    """With fixed BN statistics and without L_lovasz, which is no mean over pixels; the halves' label counts differ."""
-    halved = with_voids(pair, folder.parent / "pair")
-    flags = ["--lambda-lovasz", "0", "--num-steps", "3", "--freeze-bn"]
-    one, two = folder / "one", folder / "two"
-    execute(SCRIPT, *arguments(halved, one, *flags, "--batch-size", "2"))
-    done = torchrun(SCRIPT, *arguments(halved, two, *flags))
-    assert "2 pairs a step = 1 x 2 processes x 1 passes" in done.stdout and done.stdout.count("device ") == 1
-    for a, b in zip(logged(two), logged(one), strict=True):
-        assert a.keys() == b.keys()
-        for key in a:  # an argmax of an untrained network is decided by rounding, soon
-            if a["iteration"] == 1 or key in ("loss_ce", "loss_lsr_s", "loss_lsr_t", "lr"):
-                assert a[key] == pytest.approx(b[key], rel=1e-5), (a["iteration"], key)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------

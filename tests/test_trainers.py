@@ -4,6 +4,7 @@ A new trainer is one entry of TRAINERS. The networks are those of interrupted.py
 """
 import importlib
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -121,13 +122,14 @@ def ecn(i: Inputs, folder: Path) -> list[str]:
 
 class Trainer(NamedTuple):
     """arguments: of a run of six iterations that saves itself after every second. alike: flags (from Inputs) with
-    which two processes compute what one does with twice the batch, to the relative tolerance. rounded: logged values
-    that an argmax decides, and so rounding; their sums over processes have tests of their own.
+    which two processes compute what one does with twice the batch, to the relative tolerance; None where the script's
+    own tests compare more than losses. rounded: logged values that an argmax decides, and so rounding; their sums over
+    processes have tests of their own.
     """
 
     arguments: Callable[[Inputs, Path], list[str]]
-    alike: Callable[[Inputs], list[str]]
-    tolerance: float
+    alike: Callable[[Inputs], list[str]] | None
+    tolerance: float = 1e-4
     rounded: frozenset = frozenset()
     whole: Callable[[Inputs], list[str]] = lambda i: []  # flags for networks that were not shrunk
     moments: tuple[str, ...] = ("step:2", "write resume.pth:2", "log:5")
@@ -144,11 +146,12 @@ TRAINERS = {
         moments=("step:2", "write best.pth:1", "rename resume.pth:1", "log:5", "write GTA5_4.pth:1",
                  "write resume.pth:2", "rename resume.pth:2")),
     "train_pixel_assoc": Trainer(
-        pixel_assoc, lambda i: [*uneven(i), "--lambda-lovasz", "0", "--freeze-bn"], 1e-5, rounded=ASSOCIATED),
+        pixel_assoc, lambda i: [*uneven(i), "--lambda-lovasz", "0", "--lambda-asso", "0", "--freeze-bn"], 1e-5,
+        rounded=ASSOCIATED),
     "train_gan_da": Trainer(
         gan, lambda i: [*uneven(i), "--dropout", "0", "--reduction", "mean", "--optimizer", "SGD"], 1e-4),
     "train_cbst": Trainer(
-        cbst, lambda i: ["--restore-from", i.start("real"), "--learning-rate", "1e-6", "--batch-size", "1"], 1e-4,
+        cbst, None,
         whole=lambda i: ["--restore-from", i.start("real"), "--learning-rate", "1e-6"],
         moments=("score:2", "count:4", "refine:3", "label:3", "rename report.json:1", "step:3", "write weights.pth:1",
                  "rename 0:1", "rename resume.pth:5", "label:6", "step:6")),
@@ -198,7 +201,7 @@ def test_script_and_lib_alone_in_an_empty_folder(name, inputs, folder):
     trainer = TRAINERS[name]
     out = execute_alone(f"{name}.py", folder, *trainer.arguments(inputs, Path("out")), *trainer.whole(inputs),
                         "--ops", "auto")
-    assert "kernels     reference" in out and saved_iteration(folder / "elsewhere/out")
+    assert re.search(r"kernels +reference", out) and saved_iteration(folder / "elsewhere/out")
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
@@ -244,7 +247,7 @@ def test_what_resume_refuses(name, inputs, undisturbed, folder):
 @each_trainer
 def test_a_loss_that_is_not_finite_stops_the_run(name, inputs, folder):
     out = interrupted(name, *TRAINERS[name].arguments(inputs, folder), at="nan:3", code=2)
-    assert f"{'interrupted.py'}: iteration 3: " in out and " is nan for the images " in out and "Traceback" not in out
+    assert "interrupted.py: iteration 3: " in out and " is nan for the images " in out and "Traceback" not in out
     assert "Last good checkpoint: " in out and saved_iteration(folder) == 2
 
 
@@ -275,7 +278,7 @@ def test_every_argument_is_stored(name, inputs, folder):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-@each_trainer
+@pytest.mark.parametrize("name", [name for name, trainer in TRAINERS.items() if trainer.alike])
 def test_two_processes_compute_what_one_does_with_the_whole_batch(name, inputs, folder):
     trainer = TRAINERS[name]
     flags = trainer.alike(inputs)
@@ -289,8 +292,8 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(name, inputs, 
     else:
         out = in_two_processes(f"{name}.py", *arguments, *flags)
     assert out.count("device ") == 1
-    ours, theirs = logged(folder / "two"), logged(folder / "one")
-    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    ours, theirs = (logged(folder / d, "lr") for d in ("two", "one"))  # no scores: an argmax decides them
+    assert ours and [line.keys() for line in ours] == [line.keys() for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         for key in a.keys() - trainer.rounded:
             assert a[key] == pytest.approx(b[key], rel=trainer.tolerance), (a["iteration"], key)
