@@ -125,12 +125,21 @@ def test_resume(photos, files, tmp_path, monkeypatch):
     assert len(made) == 1
     for name in ("a/1.png", "a/2.png", "3.png"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    with pytest.raises(UserError, match="pictures of another call: seed was 10, is 11"):
+    with pytest.raises(UserError, match="pictures of the same names, .*: seed was 10, is 11"):
         script.main([*argv, str(tmp_path / "parts"), "--seed", "11"])
     made.clear()
     monkeypatch.setattr(script, "translate_file", original)
     script.main([*argv, str(tmp_path / "parts"), "--seed", "11", "--overwrite"])
     assert (tmp_path / "parts/3.png").read_bytes() != (tmp_path / "whole/3.png").read_bytes()
+    mine = tmp_path / "mine"
+    (mine / "a").mkdir(parents=True)
+    for name in ("3.png", "other.png"):
+        shutil.copy(photos / "3.png", mine / name)
+    with pytest.raises(UserError, match="3.png among them: they were not written by this script"):
+        script.main([*argv, str(mine)])
+    script.main([*argv, str(mine), "--overwrite"])
+    assert (mine / "3.png").read_bytes() == (tmp_path / "whole/3.png").read_bytes()
+    assert (mine / "other.png").read_bytes() == (photos / "3.png").read_bytes()
 
 
 def test_two_processes_write_the_files_of_one(photos, files, tmp_path):
