@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import fill, load_reference
 from PIL import Image
-from scripts import execute, message, render, torchrun
+from scripts import execute, message, render, torchrun, training
 from test_train_spgan import picture
 
+import train_adaptsegnet
 import translate as script
 from lib import checkpoint
 from lib.datasets.description import Domain, load_description, select_classes
@@ -173,6 +174,16 @@ def test_a_data_set(files, tmp_path):
     again = load_description(tmp_path / "data/city_dusk.json")
     assert len(Domain.open(again, default_set="val").list_images()) == 2
     assert len(Domain.open(again, default_set="train").list_images()) == 4
+
+
+def test_a_trainer_takes_the_description(files, tmp_path):
+    pair = render(tmp_path / "pair")
+    script.main(["--checkpoint", str(files / "unit.pt"), "--source", "gta5", "--data-dir", str(pair / "gta5"), "--out",
+                 str(tmp_path / "gta5_demo"), "--cpu"])
+    argv = training(pair, tmp_path / "run", "--source", str(tmp_path / "gta5_demo.json"), "--num-steps", "1")
+    at = argv.index("--data-dir")
+    assert train_adaptsegnet.main(argv[:at] + argv[at + 2:]) == 0
+    assert (tmp_path / "run/GTA5_1.pth").exists()
 
 
 def test_a_jpeg_data_set(files, tmp_path):
