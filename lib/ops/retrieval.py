@@ -128,8 +128,8 @@ def _rank_counts(query, gallery, start, item, left_start, left_item):
         mine = listed.of(at)
         row = torch.repeat_interleave(torch.arange(len(d), device=d.device), mine.start.diff())
         own = _pair_distances.reference(query[at], gallery, row, mine.item)
-        for r, value in zip(row.tolist(), own, strict=True):
-            close = ((d[r] - value).abs() <= margin[r]).nonzero()[:, 0]
+        for r, value in enumerate(own.split(mine.start.diff().tolist())):
+            close = ((d[r] - value[:, None]).abs() <= margin[r]).any(0).nonzero()[:, 0]
             d[r, close] = _pair_distances.reference(query[at], gallery, torch.full_like(close, r), close)
         parts.append(row_rank_counts(d, mine, left_out.of(at)))
     if not parts:
