@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import execute, logged, message, same, torchrun
+from scripts import execute, in_two_processes, logged, message, same
 
 import train_spgan as script
 from lib import checkpoint
@@ -81,7 +81,7 @@ def test_two_processes_equal_one(root, tmp_path):
     """Pools, dropout masks, gradients: two processes with one pair each are one process with two pairs."""
     more = ["--method", "spgan", "--pool_size", "1", "--n_epochs", "3", "--n_epochs_decay", "0"]
     execute("train_spgan.py", *flags(root, tmp_path / "one", *more, "--batch-size", "2"))
-    torchrun("train_spgan.py", *flags(root, tmp_path / "two", *more, "--batch-size", "1"))
+    in_two_processes("train_spgan.py", *flags(root, tmp_path / "two", *more, "--batch-size", "1"))
     one, two = (logged(tmp_path / run, "G") for run in ("one", "two"))
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):

@@ -155,8 +155,8 @@ TRAINERS = {
         moments=("score:2", "count:4", "refine:3", "label:3", "rename report.json:1", "step:3", "write weights.pth:1",
                  "rename 0:1", "rename resume.pth:5", "label:6", "step:6")),
     "train_munit": Trainer(munit, lambda i: ["--max-iter", "2"], 1e-3),
-    "train_spgan": Trainer(spgan, lambda i: ["--pool_size", "1"], 1e-4),
-    "train_ecn": Trainer(ecn, lambda i: ["-b", "2", "--dropout", "0", "--bn", "fixed", "--num-steps", "3"], 1e-4),
+    "train_spgan": Trainer(spgan, None),
+    "train_ecn": Trainer(ecn, None),
 }
 each_trainer = pytest.mark.parametrize("name", TRAINERS)
 
