@@ -164,7 +164,8 @@ def test_the_real_network_resumes_exactly(pair, folder):
     steps = ["--num-steps", "3", "--multi-level", "--random-mirror", "--eval-every", "3"]
     execute(SCRIPT, *training(pair, straight, *steps))
     arguments = training(pair, killed, *steps)
-    process = processes.Started([str(ROOT / SCRIPT), *arguments, "--save-pred-every", "1"], ENVIRONMENT).process
+    started = processes.Started([str(ROOT / SCRIPT), *arguments, "--save-pred-every", "1"], ENVIRONMENT)
+    process = started.process
     while not (killed / "resume.pth").exists() or not list(killed.glob(".new-*.pth")):
         assert process.is_alive()
         time.sleep(0.001)
@@ -258,4 +259,4 @@ def test_the_demo_renders_its_pair_for_source_only_too(pair, folder, in_this_pro
     rendered = []
     with_small_networks(monkeypatch, render_demo=lambda root, seed: rendered.append((str(root), seed)))
     assert script.main(["--demo", "--random-seed", "7", *training(pair, folder, "--source-only")]) == 0
-    assert rendered == [("data/demo", 7)] and len(logged(folder, "loss_seg2")) == 2
+    assert rendered == [("data/demo/7", 7)] and len(logged(folder, "loss_seg2")) == 2

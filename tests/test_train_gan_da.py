@@ -498,6 +498,6 @@ def test_the_demo_compares_source_only_and_adapted(pair, folder, monkeypatch, he
     monkeypatch.chdir(folder)
     assert script.main(["--demo", "--random-seed", "7", *gan(pair, Path("out"))]) == 0
     out = capsys.readouterr().out
-    assert rendered == [("data/demo", 7)] and "source only" in out and "adapted" in out and "target BN" not in out
+    assert rendered == [("data/demo/7", 7)] and "source only" in out and "adapted" in out and "target BN" not in out
     assert {p.name for p in (folder / "out").iterdir()} == {"source_only", "adapted"}
     assert (folder / "result/demo_gan/report.png").exists()

@@ -35,7 +35,6 @@ from scripts import (
 from lib import checkpoint
 from lib.datasets.description import load_description
 from lib.demo.persons import render_persons
-from lib.flags import FREE_ARGUMENTS
 from lib.models.deeplab import build
 
 
@@ -156,8 +155,8 @@ TRAINERS = {
         moments=("score:2", "count:4", "refine:3", "label:3", "rename report.json:1", "step:3", "write weights.pth:1",
                  "rename 0:1", "rename resume.pth:5", "label:6", "step:6")),
     "train_munit": Trainer(munit, lambda i: ["--max-iter", "2"], 1e-3),
-    "train_spgan": Trainer(spgan, lambda i: ["--pool_size", "1"], 1e-4),
-    "train_ecn": Trainer(ecn, lambda i: ["-b", "2", "--dropout", "0", "--bn", "fixed", "--num-steps", "3"], 1e-4),
+    "train_spgan": Trainer(spgan, None),
+    "train_ecn": Trainer(ecn, None),
 }
 each_trainer = pytest.mark.parametrize("name", TRAINERS)
 
@@ -272,7 +271,7 @@ def test_flags_that_make_no_sense(name, inputs, folder, capsys):
 def test_every_argument_is_stored(name, inputs, folder):
     """resume.pth can tell any two runs apart."""
     args = vars(importlib.import_module(name).parse_args(TRAINERS[name].arguments(inputs, folder)))
-    assert json.dumps(args) and not FREE_ARGUMENTS - args.keys()
+    assert json.loads(json.dumps(args)).keys() == args.keys()
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

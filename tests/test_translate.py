@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import fill, load_reference
 from PIL import Image
-from scripts import execute, message, render, torchrun, training
+from scripts import execute, in_two_processes, message, render, training
 from test_train_spgan import picture
 
 import train_adaptsegnet
@@ -146,7 +146,7 @@ def test_resume(photos, files, tmp_path, monkeypatch):
 def test_two_processes_write_the_files_of_one(photos, files, tmp_path):
     argv = ["--checkpoint", str(files / "munit.pt"), "--images", str(photos), "--cpu", "--num-style", "2", "--out"]
     execute("translate.py", *argv, str(tmp_path / "one"))
-    torchrun("translate.py", *argv, str(tmp_path / "two"))
+    in_two_processes("translate.py", *argv, str(tmp_path / "two"))
     one, two = ({p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.png")}
                 for folder in (tmp_path / "one", tmp_path / "two"))
     assert one == two and len(one) == 6
