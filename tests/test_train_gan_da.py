@@ -487,7 +487,9 @@ def test_weights_of_another_width(pair, folder):
 
 
 def test_check_data(here, pair, folder, capsys):
-    assert script.main(gan(pair, folder, "--check-data")) == 0
+    with pytest.raises(SystemExit) as end:
+        script.main(gan(pair, folder, "--check-data"))
+    assert end.value.code == 0
     assert "fine" in capsys.readouterr().out and not folder.exists()
 
 
