@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_reference  # noqa: F401  (puts the repository on the path)
-from scripts import execute, in_two_processes, logged, message, same
+from scripts import execute, logged, message, same
 
 import train_ecn as script
 from lib import checkpoint, predict_reid
