@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_reference  # noqa: F401  (puts the repository on the path)
 from scripts import execute, logged, message, same
 
 import train_ecn as script
