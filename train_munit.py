@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from lib import checkpoint, flags, ops, runtime, visual
 from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
-from lib.datasets.pictures import read_image
+from lib.datasets.pictures import read_image, spread
 from lib.datasets.unpaired import (
     FlipResizeCrop,
     find_domains,
@@ -258,13 +259,6 @@ class Weights(NamedTuple):
     lambda_semantic: float = 0.0  # CyCADA
 
 
-class Pair(NamedTuple):
-    """One thing for each domain: networks, images x, contents c (UNIT: h), styles s."""
-
-    a: object
-    b: object
-
-
 class Judges(NamedTuple):
     """Frozen networks that some losses need."""
 
@@ -273,112 +267,151 @@ class Judges(NamedTuple):
 
 
 NO_JUDGES = Judges()
+Draw = Callable[[Sequence[int]], Tensor]  # N(0, I) of a shape
+Domains = Mapping[str, object]            # "a" and "b": networks, pictures x, styles s
+
+# What follows is written for x_ba, the picture of B in the domain A; called with "b" and "a" it is about x_ab.
+
 
 def together(net: Callable[..., Tensor], *inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """``net`` on several inputs in one batch, which is exact where no layer mixes the samples of a batch."""
     return net(*(torch.cat(parts) for parts in zip(*inputs, strict=True))).chunk(len(inputs))
 
 
-Draw = Callable[[Sequence[int]], Tensor]  # N(0, I) of a shape
+def munit_codes(gen: Domains, x: Domains) -> dict[str, Tensor]:
+    """Contents c and styles s of both pictures."""
+    return {**{f"c_{d}": gen[d].encode(x[d]) for d in "ab"}, **{f"s_{d}": gen[d].style(x[d]) for d in "ab"}}
 
 
-def munit_fakes(gen: Pair, c: Pair, draw: Draw) -> Pair:
-    """(x_ba, x_ab) with random styles."""
-    shape = len(c.a), gen.a.style_dim, 1, 1
-    s_a, s_b = draw(shape), draw(shape)
-    return Pair(gen.a.decode(c.b, s_a), gen.b.decode(c.a, s_b))
+def munit_noise(codes: Mapping[str, Tensor], draw: Draw) -> dict[str, Tensor]:
+    """Random styles of both domains."""
+    return {d: draw(codes[f"s_{d}"].shape) for d in "ab"}
 
 
-def munit_losses(gen: Pair, x: Pair, c: Pair, draw: Draw, w: Weights) -> tuple[Pair, dict[str, Tensor]]:
-    """((x_ba, x_ab), unweighted losses of Eq. 1 to 3 and the style-augmented cycle of section 5.1)."""
-    shape = len(c.a), gen.a.style_dim, 1, 1
-    s_a, s_b = draw(shape), draw(shape)
-    s_a_prime, s_b_prime = gen.a.style(x.a), gen.b.style(x.b)
-    x_a_recon, x_ba = together(gen.a.decode, (c.a, s_a_prime), (c.b, s_a))
-    x_b_recon, x_ab = together(gen.b.decode, (c.b, s_b_prime), (c.a, s_b))
-    c_b_recon, c_a_recon = gen.a.encode(x_ba), gen.b.encode(x_ab)
-    losses = {"recon_x_a": loss_recon(x_a_recon, x.a), "recon_x_b": loss_recon(x_b_recon, x.b),
-              "recon_s_a": loss_recon(gen.a.style(x_ba), s_a), "recon_s_b": loss_recon(gen.b.style(x_ab), s_b),
-              "recon_c_a": loss_recon(c_a_recon, c.a), "recon_c_b": loss_recon(c_b_recon, c.b)}
+def munit_fake(gen: Domains, codes: Mapping[str, Tensor], s: Domains, a: str, b: str) -> Tensor:
+    """x_ba = G_a(c_b, s_a)."""
+    return gen[a].decode(codes[f"c_{b}"], s[a])
+
+
+def munit_losses(gen: Domains, x: Domains, codes: Mapping[str, Tensor], s: Domains, w: Weights, a: str,
+                 b: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """(x_ba, unweighted losses): MUNIT Eq. 1 to 3, and the style-augmented cycle of section 5.1."""
+    c_a, c_b, s_a_prime, s_b_prime = (codes[name] for name in (f"c_{a}", f"c_{b}", f"s_{a}", f"s_{b}"))
+    x_a_recon, x_ba = together(gen[a].decode, (c_a, s_a_prime), (c_b, s[a]))
+    c_b_recon, s_a_recon = gen[a].encode(x_ba), gen[a].style(x_ba)
+    losses = {f"recon_x_{a}": loss_recon(x_a_recon, x[a]), f"recon_s_{a}": loss_recon(s_a_recon, s[a]),
+              f"recon_c_{b}": loss_recon(c_b_recon, c_b)}
     if w.recon_x_cyc_w > 0:
-        losses["cycrecon_x_a"] = loss_recon(gen.a.decode(c_a_recon, s_a_prime), x.a)
-        losses["cycrecon_x_b"] = loss_recon(gen.b.decode(c_b_recon, s_b_prime), x.b)
-    return Pair(x_ba, x_ab), losses
+        losses[f"cycrecon_x_{b}"] = loss_recon(gen[b].decode(c_b_recon, s_b_prime), x[b])
+    return x_ba, losses
 
 
-def unit_fakes(gen: Pair, h: Pair, draw: Draw) -> Pair:
-    """(x_ba, x_ab) from noisy codes z = h + n, n ~ N(0, I)."""
-    n_a, n_b = draw(h.a.shape), draw(h.b.shape)
-    return Pair(gen.a.decode(h.b + n_b), gen.b.decode(h.a + n_a))
+def unit_codes(gen: Domains, x: Domains) -> dict[str, Tensor]:
+    """Means h of the latent codes of both pictures."""
+    return {f"h_{d}": gen[d].encode(x[d]) for d in "ab"}
 
 
-def unit_losses(gen: Pair, x: Pair, h: Pair, draw: Draw, w: Weights) -> tuple[Pair, dict[str, Tensor]]:
-    """((x_ba, x_ab), unweighted losses of the VAEs, Eq. 2, 3, and of the cycle, Eq. 6, 7)."""
-    z_a, z_b = h.a + draw(h.a.shape), h.b + draw(h.b.shape)
-    x_a_recon, x_ba = together(gen.a.decode, (z_a,), (z_b,))
-    x_b_recon, x_ab = together(gen.b.decode, (z_b,), (z_a,))
-    h_b_recon, h_a_recon = gen.a.encode(x_ba), gen.b.encode(x_ab)
-    n_b, n_a = draw(h.b.shape), draw(h.a.shape)
-    losses = {"recon_x_a": loss_recon(x_a_recon, x.a), "recon_x_b": loss_recon(x_b_recon, x.b),
-              "recon_kl_a": loss_kl(h.a), "recon_kl_b": loss_kl(h.b),
-              "recon_kl_cyc_aba": loss_kl(h_a_recon), "recon_kl_cyc_bab": loss_kl(h_b_recon)}
+def unit_noise(codes: Mapping[str, Tensor], draw: Draw, recode: bool = True) -> dict[str, Tensor]:
+    """n of both codes and, with ``recode``, of those of the translations, x_ba's first."""
+    names = ("a", "b", "b_recon", "a_recon") if recode else ("a", "b")
+    return {name: draw(codes[f"h_{name[0]}"].shape) for name in names}
+
+
+def unit_fake(gen: Domains, codes: Mapping[str, Tensor], n: Domains, a: str, b: str) -> Tensor:
+    """x_ba = G_a(z_b), z = h + n, n ~ N(0, I)."""
+    return gen[a].decode(codes[f"h_{b}"] + n[b])
+
+
+def unit_losses(gen: Domains, x: Domains, codes: Mapping[str, Tensor], n: Domains, w: Weights, a: str,
+                b: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """(x_ba, unweighted losses): the VAE's, UNIT Eq. 2, 3, and the cycle's, Eq. 6, 7."""
+    h_a, h_b = codes[f"h_{a}"], codes[f"h_{b}"]
+    x_a_recon, x_ba = together(gen[a].decode, (h_a + n[a],), (h_b + n[b],))
+    h_b_recon = gen[a].encode(x_ba)
+    losses = {f"recon_x_{a}": loss_recon(x_a_recon, x[a]), f"recon_kl_{a}": loss_kl(h_a),
+              f"recon_kl_cyc_{b}{a}{b}": loss_kl(h_b_recon)}
     if w.recon_x_cyc_w > 0:
-        losses["cyc_x_a"] = loss_recon(gen.a.decode(h_a_recon + n_a), x.a)
-        losses["cyc_x_b"] = loss_recon(gen.b.decode(h_b_recon + n_b), x.b)
-    return Pair(x_ba, x_ab), losses
+        losses[f"cyc_x_{b}"] = loss_recon(gen[b].decode(h_b_recon + n[f"{b}_recon"]), x[b])
+    return x_ba, losses
 
 
-METHODS = {"MUNIT": (munit_fakes, munit_losses), "UNIT": (unit_fakes, unit_losses)}
+class Method(NamedTuple):
+    codes: Callable
+    noise_d: Callable   # in D's turn
+    noise_g: Callable
+    fake: Callable
+    losses: Callable
+
+
+METHODS = {"MUNIT": Method(munit_codes, munit_noise, munit_noise, munit_fake, munit_losses),
+           "UNIT": Method(unit_codes, partial(unit_noise, recode=False), unit_noise, unit_fake, unit_losses)}
 # the weight of each loss: UNIT Eq. 1, MUNIT Eq. 5
 WEIGHT_OF = {"adv": "gan_w", "recon_x": "recon_x_w", "recon_s": "recon_s_w", "recon_c": "recon_c_w",
              "cycrecon_x": "recon_x_cyc_w", "cyc_x": "recon_x_cyc_w", "recon_kl": "recon_kl_w",
              "recon_kl_cyc": "recon_kl_cyc_w", "vgg": "vgg_w", "semantic": "lambda_semantic"}
-
 UNUSED = {"MUNIT": ("recon_kl_w", "recon_kl_cyc_w"), "UNIT": ("recon_s_w", "recon_c_w")}
 
 
-def term_of(name: str) -> str:
-    """The key of WEIGHT_OF for a loss: "recon_kl_cyc" for "recon_kl_cyc_aba"."""
-    return name.rpartition("_")[0]
+def weight_of(name: str, w: Weights) -> float:
+    """Of a loss such as "recon_x_a"."""
+    return getattr(w, WEIGHT_OF[name.rpartition("_")[0]])
 
 
-def loss_gen(trainer: str, gen: Pair, dis: Pair, x: Pair, c: Pair, draw: Draw, w: Weights, gan_type: str,
-             judges: Judges = NO_JUDGES, y_a: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """(the weighted sum, its unweighted terms): UNIT Eq. 1, MUNIT Eq. 5. c: encode(x) of each domain."""
-    fake, losses = METHODS[trainer][1](gen, x, c, draw, w)
-    losses["adv_a"] = loss_gan(dis.a(fake.a), 1.0, gan_type)
-    losses["adv_b"] = loss_gan(dis.b(fake.b), 1.0, gan_type)
-    if judges.vgg is not None:
-        losses["vgg_a"] = loss_vgg(judges.vgg, fake.a, x.b)
-        losses["vgg_b"] = loss_vgg(judges.vgg, fake.b, x.a)
-    if judges.segmenter is not None:
-        losses["semantic_a"] = loss_semantic(judges.segmenter, fake.a, x.b)
-        losses["semantic_b"] = loss_semantic(judges.segmenter, fake.b, x.a, y_a)
-    return sum(getattr(w, WEIGHT_OF[term_of(name)]) * loss for name, loss in losses.items()), losses
+def loss_gen(trainer: str, gen: Domains, dis: Domains, x: Domains, codes: Mapping[str, Tensor], draw: Draw, w: Weights,
+             *, gan_type: str, run: runtime.Run, judges: Judges = NO_JUDGES,
+             y_a: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+    """The unweighted terms of UNIT Eq. 1 or MUNIT Eq. 5: those around x_ba, then those around x_ab.
+
+    No term needs both translations, so that their graphs need not be held together. y_a: labels of x_a.
+    """
+    noise = METHODS[trainer].noise_g(codes, draw)
+    for a, b in ("ab", "ba"):
+        with run.autocast():
+            x_ba, losses = METHODS[trainer].losses(gen, x, codes, noise, w, a, b)
+            losses[f"adv_{a}"] = loss_gan(dis[a](x_ba), 1.0, gan_type)
+            if judges.vgg is not None:
+                losses[f"vgg_{a}"] = loss_vgg(judges.vgg, x_ba, x[b])
+            if judges.segmenter is not None:
+                losses[f"semantic_{a}"] = loss_semantic(judges.segmenter, x_ba, x[b], y_a if b == "a" else None)
+        yield losses
 
 
-def step(trainer: str, gen: Pair, dis: Pair, x: Pair, draw: Draw, w: Weights, *, gan_type: str, run: runtime.Run,
-         update: Callable[[str, Tensor], object], judges: Judges = NO_JUDGES,
+def step(trainer: str, gen: Domains, dis: Domains, x: Domains, draw: Draw, w: Weights, update: GuardedStep, *,
+         gan_type: str, run: runtime.Run, judges: Judges = NO_JUDGES,
          y_a: Tensor | None = None) -> dict[str, Tensor]:
-    """One iteration: D, then G. update("dis" | "gen", loss): backward pass and optimiser step."""
-    with run.autocast():
-        # G does not change in D's turn, so its codes serve both turns
-        c = Pair(gen.a.encode(x.a), gen.b.encode(x.b))
-        with torch.no_grad():
-            fake = METHODS[trainer][0](gen, c, draw)
-        losses = {"dis_a": loss_dis(dis.a, fake.a, x.a, gan_type), "dis_b": loss_dis(dis.b, fake.b, x.b, gan_type)}
-    losses["dis_total"] = w.gan_w * (losses["dis_a"] + losses["dis_b"])
-    update("dis", losses["dis_total"])
+    """One iteration: D, then G.
 
-    for d in dis:
-        d.requires_grad_(False)
+    update.backward("dis" | "gen", loss) adds gradients, update.step(..) uses them. Returns the unweighted losses.
+    """
+    losses: dict[str, Tensor] = {"dis_total": 0.0, "gen_total": 0.0}
     with run.autocast():
-        losses["gen_total"], terms = loss_gen(trainer, gen, dis, x, c, draw, w, gan_type, judges, y_a)
-    update("gen", losses["gen_total"])
-    for d in dis:
-        d.requires_grad_(True)
-    losses |= {f"gen_{name}": loss for name, loss in terms.items()}
-    return {f"loss_{name}": loss.detach() for name, loss in losses.items()}
+        codes = METHODS[trainer].codes(gen, x)  # for both turns: G does not change in D's
+    with torch.no_grad():
+        noise = METHODS[trainer].noise_d(codes, draw)
+    for a, b in ("ab", "ba"):
+        with run.autocast():
+            with torch.no_grad():
+                x_ba = METHODS[trainer].fake(gen, codes, noise, a, b)
+            loss = loss_dis(dis[a], x_ba, x[a], gan_type)
+        update.backward("dis", w.gan_w * loss)
+        losses[f"dis_{a}"] = loss.detach()
+        losses["dis_total"] += w.gan_w * loss.detach()
+    update.step("dis")
+
+    for d in "ab":
+        dis[d].requires_grad_(False)
+    # the codes' gradients add up over both directions, and then go back through the encoders once
+    leaves = {name: code.detach().requires_grad_() for name, code in codes.items()}
+    for terms in loss_gen(trainer, gen, dis, x, leaves, draw, w, gan_type=gan_type, run=run, judges=judges, y_a=y_a):
+        total = sum(weight_of(name, w) * loss for name, loss in terms.items())
+        update.backward("gen", total)
+        losses |= {f"gen_{name}": loss.detach() for name, loss in terms.items()}
+        losses["gen_total"] += total.detach()
+    torch.autograd.backward(list(codes.values()), [leaf.grad for leaf in leaves.values()])
+    update.step("gen")
+    for d in "ab":
+        dis[d].requires_grad_(True)
+    return {f"loss_{name}": loss for name, loss in losses.items()}
 
 
 def rate(lr: float, i: int, step_size: int, gamma: float) -> float:
@@ -414,15 +447,11 @@ class Panels:
 
     RANDOM = 3  # styles
 
-    def __init__(self, trainer: str, images: Pair, sizes: Pair, folder: Path, run: runtime.Run, count: int, seed: int):
+    def __init__(self, trainer: str, images: Mapping[str, Sequence[Path]], sizes: Mapping[str, int], folder: Path,
+                 run: runtime.Run, count: int, seed: int):
         self.trainer, self.sizes, self.folder, self.run = trainer, sizes, folder, run
-        self.images = Pair(*(self.spread(paths, count) for paths in images))
+        self.images = {d: [paths[i] for i in spread(len(paths), count)] for d, paths in images.items()}
         self.seed, self.iteration = seed, None
-
-    @staticmethod
-    def spread(paths: Sequence[Path], count: int) -> list[Path]:
-        """``count`` of a list, from its beginning to its end."""
-        return [paths[i] for i in np.linspace(0, len(paths) - 1, count).round().astype(int)]
 
     def state_dict(self) -> dict[str, object]:
         return {"iteration": self.iteration}
@@ -435,20 +464,20 @@ class Panels:
         self.write(gen, f"gen_{iteration:08d}.png")
 
     def report(self) -> None:
-        if self.images.a:
+        if self.images["a"]:
             self.run.say(f"pictures: {self.folder}")
 
     @torch.no_grad()
     def write(self, gen: nn.ModuleDict, name: str) -> None:
-        if not self.run.is_main or not self.images.a:
+        if not self.run.is_main or not self.images["a"]:
             return
         draw, rows = draws(self.seed, 0, runtime.Run(self.run.device, 0, 1, "off"), 1), []
         styles = [draw((1, gen["a"].style_dim, 1, 1)) for _ in range(self.RANDOM)] if self.trainer == "MUNIT" else []
-        for paths in zip(*self.images, strict=True):
-            x = Pair(*(self.read(path, size) for path, size in zip(paths, self.sizes, strict=True)))
-            for here, there in (("a", "b"), ("b", "a")):
-                cells = self.row(gen[here], gen[there], getattr(x, here), getattr(x, there), styles)
-                height, width = getattr(x, here).shape[2:]
+        for paths in zip(*self.images.values(), strict=False):  # a set may be smaller
+            x = {d: self.read(path, self.sizes[d]) for d, path in zip("ab", paths, strict=True)}
+            for here, there in ("ab", "ba"):
+                cells = self.row(gen[here], gen[there], x[here], x[there], styles)
+                height, width = x[here].shape[2:]
                 rows.append([from_symmetric(cell[0, :, :height, :width]) for cell in cells])
         titles = ["x", *(f"style {n + 1}" for n in range(self.RANDOM)), "style of a picture"] if styles \
             else ["x", "translated"]
@@ -545,15 +574,16 @@ def train(args: argparse.Namespace) -> Session:
     vgg = load_vgg16(args.vgg_weights) if w.vgg_w > 0 else None
     judges = Judges(*(None if net is None else run.place_net(net) for net in (vgg, segmenter)))
     modules = {name: run.place_net(nets) for name, nets in build(args).items()}
+    gen, dis = modules["gen"], modules["dis"]
     if args.compile:
-        for net in [*modules["dis"].values(), *(part for gen in modules["gen"].values() for part in gen.children())]:
+        for net in [*dis.values(), *gen["a"].children(), *gen["b"].children()]:
             net.compile()
-    gen, dis = (Pair(nets["a"], nets["b"]) for nets in modules.values())
     optimizers = {name: torch.optim.Adam(nets.parameters(), args.lr, (args.beta1, args.beta2),
                                          weight_decay=args.weight_decay) for name, nets in modules.items()}
+    millions = {name: sum(p.numel() for p in nets["a"].parameters()) / 1e6 for name, nets in modules.items()}
     scaler = run.scaler()
     update = GuardedStep(run, modules, optimizers, scaler, args.max_gradient)
-    panels = Panels(args.trainer, Pair(data.test_a, data.test_b), Pair(args.new_size_a, args.new_size_b),
+    panels = Panels(args.trainer, {"a": data.test_a, "b": data.test_b}, {"a": args.new_size_a, "b": args.new_size_b},
                     folder / "images", run, args.save_num_images, args.random_seed)
 
     def meta_of(iteration: int) -> dict[str, object]:
@@ -564,8 +594,8 @@ def train(args: argparse.Namespace) -> Session:
                        validation=panels, free={"max_iter", "output_path", "image_display_iter", "config"}) as session:
         session.header({
             "weights": args.restore_from or f"none, random weights ({args.init})",
-            "networks": f"{args.trainer}, {sum(p.numel() for p in gen.a.parameters()) / 1e6:.1f} M weights in each "
-                        f"generator, {sum(p.numel() for p in dis.a.parameters()) / 1e6:.1f} M in each discriminator",
+            "networks": f"{args.trainer}, {millions['gen']:.1f} M weights in each generator, "
+                        f"{millions['dis']:.1f} M in each discriminator",
             "losses": ", ".join(f"{name} {value:g}" for name, value in w._asdict().items()
                                 if value and name not in UNUSED[args.trainer])
                       + f", {args.gan_type}" + (f", VGG-16 {args.vgg_weights}" if vgg else ""),
@@ -583,15 +613,15 @@ def train(args: argparse.Namespace) -> Session:
             batch_a, batch_b = next(batches_a), next(batches_b)
             names = [*batch_a.name, *batch_b.name]
             update.where = f"iteration {i + 1}, {', '.join(names)}"
-            losses = step(args.trainer, gen, dis, Pair(run.place(batch_a.image), run.place(batch_b.image)),
-                          draws(args.random_seed, i, run, args.batch_size), w, gan_type=args.gan_type, run=run,
-                          update=update, judges=judges, y_a=batch_a.label.to(run.device) if labelled else None)
+            losses = step(args.trainer, gen, dis, {"a": run.place(batch_a.image), "b": run.place(batch_b.image)},
+                          draws(args.random_seed, i, run, args.batch_size), w, update, gan_type=args.gan_type, run=run,
+                          judges=judges, y_a=batch_a.label.to(run.device) if labelled else None)
             scaler.update()
             session.end_step(losses, names, lr=lr)
             if i == first:
                 run.say(f"peak memory of an iteration: {runtime.peak_memory(run.device):.1f} GiB")
             if (i + 1) % args.image_display_iter == 0:
-                panels.write(modules["gen"], "current.png")
+                panels.write(gen, "current.png")
     return session
 
 

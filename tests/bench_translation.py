@@ -37,33 +37,35 @@ def plain_layer_norm(self, x):
     return x * self.gamma.view(1, -1, 1, 1) + self.beta.view(1, -1, 1, 1)
 
 
-def plain_munit_step(trainer, gen, dis, x, draw, w, *, gan_type, run, update, **_):
+def plain_munit_step(trainer, gen, dis, x, draw, w, update, *, gan_type, run):
     """train_munit.step, one thing at a time."""
     s = train_munit
-    shape = len(x.a), gen.a.style_dim, 1, 1
+    gen_a, gen_b, dis_a, dis_b = gen["a"], gen["b"], dis["a"], dis["b"]
+    x_a, x_b = x["a"], x["b"]
+    shape = len(x_a), gen_a.style_dim, 1, 1
 
     def encode(net, x):
         return net.encode(x), net.style(x)
 
     s_a, s_b = draw(shape), draw(shape)
-    (c_a, _), (c_b, _) = encode(gen.a, x.a), encode(gen.b, x.b)
-    x_ba, x_ab = gen.a.decode(c_b, s_a), gen.b.decode(c_a, s_b)
+    (c_a, _), (c_b, _) = encode(gen_a, x_a), encode(gen_b, x_b)
+    x_ba, x_ab = gen_a.decode(c_b, s_a), gen_b.decode(c_a, s_b)
     losses = {f"loss_dis_{d}": s.loss_gan(net(fake.detach()), 0.0, gan_type) + s.loss_gan(net(real), 1.0, gan_type)
-              for d, net, fake, real in (("a", dis.a, x_ba, x.a), ("b", dis.b, x_ab, x.b))}
+              for d, net, fake, real in (("a", dis_a, x_ba, x_a), ("b", dis_b, x_ab, x_b))}
     update("dis", losses["loss_dis_a"] + losses["loss_dis_b"])
 
     s_a, s_b = draw(shape), draw(shape)
-    (c_a, s_a_prime), (c_b, s_b_prime) = encode(gen.a, x.a), encode(gen.b, x.b)
-    x_a_recon, x_b_recon = gen.a.decode(c_a, s_a_prime), gen.b.decode(c_b, s_b_prime)
-    x_ba, x_ab = gen.a.decode(c_b, s_a), gen.b.decode(c_a, s_b)
-    (c_b_recon, s_a_recon), (c_a_recon, s_b_recon) = encode(gen.a, x_ba), encode(gen.b, x_ab)
-    total = w.recon_x_w * (F.l1_loss(x_a_recon, x.a) + F.l1_loss(x_b_recon, x.b))
+    (c_a, s_a_prime), (c_b, s_b_prime) = encode(gen_a, x_a), encode(gen_b, x_b)
+    x_a_recon, x_b_recon = gen_a.decode(c_a, s_a_prime), gen_b.decode(c_b, s_b_prime)
+    x_ba, x_ab = gen_a.decode(c_b, s_a), gen_b.decode(c_a, s_b)
+    (c_b_recon, s_a_recon), (c_a_recon, s_b_recon) = encode(gen_a, x_ba), encode(gen_b, x_ab)
+    total = w.recon_x_w * (F.l1_loss(x_a_recon, x_a) + F.l1_loss(x_b_recon, x_b))
     total = total + w.recon_s_w * (F.l1_loss(s_a_recon, s_a) + F.l1_loss(s_b_recon, s_b))
     total = total + w.recon_c_w * ((c_a_recon - c_a).abs().mean() + (c_b_recon - c_b).abs().mean())
     if w.recon_x_cyc_w > 0:
-        total = total + w.recon_x_cyc_w * (F.l1_loss(gen.a.decode(c_a_recon, s_a_prime), x.a)
-                                           + F.l1_loss(gen.b.decode(c_b_recon, s_b_prime), x.b))
-    total = total + w.gan_w * (s.loss_gan(dis.a(x_ba), 1.0, gan_type) + s.loss_gan(dis.b(x_ab), 1.0, gan_type))
+        total = total + w.recon_x_cyc_w * (F.l1_loss(gen_a.decode(c_a_recon, s_a_prime), x_a)
+                                           + F.l1_loss(gen_b.decode(c_b_recon, s_b_prime), x_b))
+    total = total + w.gan_w * (s.loss_gan(dis_a(x_ba), 1.0, gan_type) + s.loss_gan(dis_b(x_ab), 1.0, gan_type))
     update("gen", total)
     return {**losses, "loss_gen_total": total.detach()}
 
@@ -72,17 +74,16 @@ def munit(form: str, side: int, dim: int, run: Run):
     """A function of the iteration's number that computes one iteration of MUNIT and returns its losses."""
     args = train_munit.parse_args(["--gen-dim", str(dim), "--dis-dim", str(dim), "--recon-x-cyc-w", "10"])
     modules = {name: run.place_net(nets) for name, nets in train_munit.build(args).items()}
-    gen, dis = (train_munit.Pair(nets["a"], nets["b"]) for nets in modules.values())
     optimizers = {name: torch.optim.Adam(nets.parameters(), 1e-4) for name, nets in modules.items()}
     update = train_munit.GuardedStep(run, modules, optimizers, run.scaler(), 1e6)
-    x = train_munit.Pair(*(run.place(torch.rand(1, 3, side, side) * 2 - 1) for _ in range(2)))
+    x = {d: run.place(torch.rand(1, 3, side, side) * 2 - 1) for d in "ab"}
     step = train_munit.step
     if form == "plain":
         step, translation.LayerNorm.forward = plain_munit_step, plain_layer_norm
         translation.enlarged_conv = lambda x, conv: conv(F.interpolate(x, scale_factor=2, mode="nearest"))
     w = train_munit.Weights(recon_x_cyc_w=10.0)
-    return lambda i: step("MUNIT", gen, dis, x, train_munit.draws(0, i, run, 1), w, gan_type="lsgan", run=run,
-                          update=update)
+    return lambda i: step("MUNIT", modules["gen"], modules["dis"], x, train_munit.draws(0, i, run, 1), w, update,
+                          gan_type="lsgan", run=run)
 
 
 METHODS = {"MUNIT": munit}

@@ -91,32 +91,31 @@ def test_layers():
 
 def forward(trainer: str) -> dict[str, torch.Tensor]:
     """Everything that one pass through all networks gives, under the reference's names."""
-    gen = script.Pair(*(generator(trainer, d) for d in "ab"))
-    dis = discriminator(trainer, "a")
+    gen_a, gen_b, dis = generator(trainer, "a"), generator(trainer, "b"), discriminator(trainer, "a")
     x_a, x_b = images("a"), images("b")
     out = {}
     if trainer == "MUNIT":
         s_a, s_b = torch.from_numpy(DATA["munit_styles"][0][2:]).unsqueeze(-1).unsqueeze(-1)
-        out["c_a"], out["c_b"] = c_a, c_b = gen.a.encode(x_a), gen.b.encode(x_b)
-        out["s_a_prime"], out["s_b_prime"] = gen.a.style(x_a), gen.b.style(x_b)
-        out["adain_params_of_s_a"] = gen.a.mlp(s_a)
-        out["x_a_recon"] = gen.a.decode(c_a, out["s_a_prime"])
-        out["x_a_restyled_with_s_a"] = gen.a.decode(c_a, s_a)
-        out["x_ba"], out["x_ab"] = x_ba, x_ab = gen.a.decode(c_b, s_a), gen.b.decode(c_a, s_b)
+        out["c_a"], out["c_b"] = c_a, c_b = gen_a.encode(x_a), gen_b.encode(x_b)
+        out["s_a_prime"], out["s_b_prime"] = gen_a.style(x_a), gen_b.style(x_b)
+        out["adain_params_of_s_a"] = gen_a.mlp(s_a)
+        out["x_a_recon"] = gen_a.decode(c_a, out["s_a_prime"])
+        out["x_a_restyled_with_s_a"] = gen_a.decode(c_a, s_a)
+        out["x_ba"], out["x_ab"] = x_ba, x_ab = gen_a.decode(c_b, s_a), gen_b.decode(c_a, s_b)
         out["eval_a2b_with_s_b"] = x_ab
-        out["c_b_recon"], out["s_a_recon"] = gen.a.encode(x_ba), gen.a.style(x_ba)
-        out["x_aba"] = gen.a.decode(gen.b.encode(x_ab), out["s_a_prime"])
-        out["x_bab"] = gen.b.decode(gen.a.encode(x_ba), out["s_b_prime"])
-        out["a2b_with_style_of_x_b"] = gen.b.decode(c_a, out["s_b_prime"])
+        out["c_b_recon"], out["s_a_recon"] = gen_a.encode(x_ba), gen_a.style(x_ba)
+        out["x_aba"] = gen_a.decode(gen_b.encode(x_ab), out["s_a_prime"])
+        out["x_bab"] = gen_b.decode(gen_a.encode(x_ba), out["s_b_prime"])
+        out["a2b_with_style_of_x_b"] = gen_b.decode(c_a, out["s_b_prime"])
     else:
         _, _, n_a, n_b, n_b_recon, n_a_recon = scaled(DATA, "unit_noise")[0]  # the first two are of the D update
-        out["h_a"], out["h_b"] = h_a, h_b = gen.a.encode(x_a), gen.b.encode(x_b)
-        out["x_a_recon"] = gen.a.decode(h_a + n_a)
-        out["x_ba"], out["x_ab"] = x_ba, x_ab = gen.a.decode(h_b + n_b), gen.b.decode(h_a + n_a)
-        out["h_b_recon"], out["h_a_recon"] = gen.a.encode(x_ba), gen.b.encode(x_ab)
-        out["x_aba"] = gen.a.decode(out["h_a_recon"] + n_a_recon)
-        out["x_bab"] = gen.b.decode(out["h_b_recon"] + n_b_recon)
-        out["test_a2b_without_noise"] = gen.b.decode(h_a)
+        out["h_a"], out["h_b"] = h_a, h_b = gen_a.encode(x_a), gen_b.encode(x_b)
+        out["x_a_recon"] = gen_a.decode(h_a + n_a)
+        out["x_ba"], out["x_ab"] = x_ba, x_ab = gen_a.decode(h_b + n_b), gen_b.decode(h_a + n_a)
+        out["h_b_recon"], out["h_a_recon"] = gen_a.encode(x_ba), gen_b.encode(x_ab)
+        out["x_aba"] = gen_a.decode(out["h_a_recon"] + n_a_recon)
+        out["x_bab"] = gen_b.decode(out["h_b_recon"] + n_b_recon)
+        out["test_a2b_without_noise"] = gen_b.decode(h_a)
     for name, x in (("x_ba", x_ba), ("x_a", x_a)):
         for scale, score in enumerate(dis(x)):
             out[f"dis_a_on_{name}_scale{scale}"] = score
@@ -244,41 +243,49 @@ def test_training(trainer, variant, vgg):
     known = {**h, **golden["weights"]}
     w = script.Weights(**{k: known[k] for k in script.Weights._fields if k in known})
     gan_type, judges = h["dis"]["gan_type"], script.Judges(vgg if w.vgg_w > 0 else None)
-    gen, dis = (script.Pair(*(make(trainer, d) for d in "ab")) for make in (generator, discriminator))
-    named = {"G": {f"gen_{d}.{k}": p for d, net in zip("ab", gen, strict=True) for k, p in net.named_parameters()},
-             "D": {f"dis_{d}.{k}": p for d, net in zip("ab", dis, strict=True) for k, p in net.named_parameters()}}
+    gen, dis = ({d: make(trainer, d) for d in "ab"} for make in (generator, discriminator))
+    named = {"gen": {f"gen_{d}.{k}": p for d, net in gen.items() for k, p in net.named_parameters()},
+             "dis": {f"dis_{d}.{k}": p for d, net in dis.items() for k, p in net.named_parameters()}}
     before = {k: p.detach().clone() for part in named.values() for k, p in part.items()}
 
     # each weighted term alone, with the initial D
-    x, draw = script.Pair(images("a"), images("b")), draws(trainer, 0)
-    c = script.Pair(gen.a.encode(x.a), gen.b.encode(x.b))
-    with torch.no_grad():
-        script.METHODS[trainer][0](gen, c, draw)  # D's draws come first
-    total, terms = script.loss_gen(trainer, gen, dis, x, c, draw, w, gan_type, judges)
+    x, draw = {d: images(d) for d in "ab"}, draws(trainer, 0)
+    codes = script.METHODS[trainer].codes(gen, x)
+    script.METHODS[trainer].noise_d(codes, draw)  # D's draws come first
+    terms = {}
+    for half in script.loss_gen(trainer, gen, dis, x, codes, draw, w, gan_type=gan_type, run=RUN, judges=judges):
+        terms |= half
+    total = sum(script.weight_of(name, w) * loss for name, loss in terms.items())
     assert total.item() == pytest.approx(golden["first_G_loss_before_any_step"], rel=1e-9)
     for name, expected in golden["first_G_gradient_norm_per_weighted_term_before_any_step"].items():
-        mine = [loss for term, loss in terms.items()
-                if script.WEIGHT_OF[script.term_of(term)] == f"{name}_w"]
+        mine = [loss for term, loss in terms.items() if script.WEIGHT_OF[term.rpartition("_")[0]] == f"{name}_w"]
         norm = 0.0
         if mine and (weight := getattr(w, f"{name}_w")):
-            grads = torch.autograd.grad(weight * sum(mine), list(named["G"].values()), retain_graph=True,
+            grads = torch.autograd.grad(weight * sum(mine), list(named["gen"].values()), retain_graph=True,
                                         allow_unused=True)
             norm = torch.stack([g.norm() for g in grads if g is not None]).norm().item()
         assert norm == pytest.approx(expected, rel=1e-9), name
+    del terms, total, mine, codes
 
     optimizers = {part: torch.optim.Adam(params.values(), h["lr"], (h["beta1"], h["beta2"]),
                                          weight_decay=h["weight_decay"]) for part, params in named.items()}
 
-    def update(part, loss):
-        letter = part[0].upper()
-        optimizers[letter].zero_grad()
-        loss.backward()
-        if iteration == 0:
-            for key, expected in golden[f"first_gradients_{letter}"].items():
-                assert_checksum(named[letter][key].grad, expected, what=key)
-            grads = [p.grad for p in named[letter].values()]
-            assert nn.utils.get_total_norm(grads).item() == pytest.approx(golden[f"gradient_norm_{letter}"], rel=1e-9)
-        optimizers[letter].step()
+    class Update:
+        """In the place of a GuardedStep: looks at the gradients before the first step."""
+
+        @staticmethod
+        def backward(part, loss):
+            loss.backward()
+
+        @staticmethod
+        def step(part):
+            if iteration == 0:
+                for key, expected in golden[f"first_gradients_{part[0].upper()}"].items():
+                    assert_checksum(named[part][key].grad, expected, what=key)
+                norm = nn.utils.get_total_norm([p.grad for p in named[part].values()]).item()
+                assert norm == pytest.approx(golden[f"gradient_norm_{part[0].upper()}"], rel=1e-9)
+            optimizers[part].step()
+            optimizers[part].zero_grad()
 
     for iteration, expected in enumerate(golden["iterations"]):
         lr = script.rate(h["lr"], iteration, h["step_size"], h["gamma"])
@@ -286,8 +293,8 @@ def test_training(trainer, variant, vgg):
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
         draw = draws(trainer, iteration)
-        losses = script.step(trainer, gen, dis, script.Pair(images("a", iteration), images("b", iteration)), draw, w,
-                             gan_type=gan_type, run=RUN, update=update, judges=judges)
+        losses = script.step(trainer, gen, dis, {d: images(d, iteration) for d in "ab"}, draw, w, Update,
+                             gan_type=gan_type, run=RUN, judges=judges)
         assert next(draw.left, None) is None  # as many as the release drew
         assert losses.keys() <= {f"loss_{name}" for name in expected["losses"]}
         for name, value in expected["losses"].items():  # those without weight are 0 there, and not computed here
@@ -299,4 +306,4 @@ def test_training(trainer, variant, vgg):
         assert_checksum(after[key], (total, l2), 1e-6, key)
         assert (after[key] - before[key]).norm().item() == pytest.approx(delta_l2, rel=1e-6), key
     unmoved = set(golden["G_parameters_with_zero_data_gradient"])
-    assert unmoved == named["G"].keys() - golden["first_gradients_G"].keys()
+    assert unmoved == named["gen"].keys() - golden["first_gradients_G"].keys()
