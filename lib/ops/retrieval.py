@@ -101,15 +101,17 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 
 def row_rank_counts(distance: Tensor, listed: Lists, left_out: Lists) -> Ranks:
     """rank_counts of a given matrix of distances [Q, N], as it is (it may not hold NaN)."""
+    listed, left_out = (Lists(*(t.to(distance.device) for t in given)) for given in (listed, left_out))
     nearer, equal, earlier = (torch.zeros_like(listed.item) for _ in range(3))
     position = torch.arange(distance.shape[1], device=distance.device)
+    starts, left_starts = listed.start.tolist(), left_out.start.tolist()
     for i, row in enumerate(distance):
-        mine = slice(int(listed.start[i]), int(listed.start[i + 1]))
+        mine = slice(starts[i], starts[i + 1])
         item = listed.item[mine]
         if not len(item):
             continue
         row = row.clone()
-        row[left_out.item[left_out.start[i]:left_out.start[i + 1]]] = torch.inf
+        row[left_out.item[left_starts[i]:left_starts[i + 1]]] = torch.inf
         own = row[item, None]
         same = row == own
         nearer[mine] = (row < own).sum(1)
