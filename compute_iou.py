@@ -27,20 +27,19 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 
 from lib import flags
-from lib.datasets.description import Description, load_description, pattern_glob, pattern_regex
+from lib.datasets.description import load_description
 from lib.datasets.labels import label_table, label_values, read_indices
+from lib.datasets.predictions import Pair, find_pairs, read_devkit
 from lib.errors import UserError, itemized, listed, shorten
-from lib.files import atomic_write, check_writable, read_json, read_lines
+from lib.files import atomic_write, check_writable
 from lib.metrics import fold_rows, iou_dict, iou_table, joint_histogram, mean_iou, per_class_iou, restrict
 
 MAX_WORKERS = 64
-VOID = 255  # in a table of values: this one is no class
-Pair = tuple[Path, Path]  # label, prediction
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,92 +63,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.workers and args.workers > MAX_WORKERS:
         parser.error(f"--workers {args.workers}: at most {MAX_WORKERS} processes")
     return args
-
-
-def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, list_file: Path | None) -> list[Pair]:
-    """(label, prediction) for every label of the set below `gt_dir`, sorted; the predictions need not exist.
-
-    Raises UserError for missing folders, no labels, a list that does not fit, labels that would share a prediction.
-    """
-    for folder in (gt_dir, pred_dir):
-        if not os.path.isdir(folder):
-            raise UserError(f"{folder}: no such folder")
-    if d.labels is None:
-        raise UserError(f"'{d.name}' has no labels to score against")
-    wanted, parts = set_ or d.sets["val"], PurePath(d.labels).parts
-    for depth in range(len(parts)):  # of gt_dir below the root of the data set
-        tail = "/".join(parts[depth:])
-        labels = sorted(gt_dir.glob(pattern_glob(tail, wanted)))
-        if labels:
-            break
-    else:
-        raise UserError(f"{gt_dir}: no label of the set '{wanted}' of '{d.name}' (looked for {d.labels} and for its "
-                        "last parts); choose the data with --data and --set")
-    if list_file is None and d.list:
-        root = [gt_dir.absolute(), *gt_dir.absolute().parents][depth]
-        list_file = root / d.list.format(set=wanted)
-        list_file = list_file if list_file.is_file() else None
-    if set_ and "{set}" not in tail and not (list_file and d.list):
-        raise UserError(f"{gt_dir}: --set {set_} has no meaning here, since the folder does not tell sets apart")
-
-    pattern, names, by_name = PurePath(d.images).name, {}, defaultdict(list)
-    for label in labels:
-        fields = pattern_regex(tail).fullmatch(label.relative_to(gt_dir).as_posix()).groupdict()
-        try:
-            names[label] = _png(pattern.format(**{"set": wanted, **fields}))
-        except KeyError as e:
-            raise UserError(f"{gt_dir}: give a folder further up, its name is part of the images' names: {e}") from None
-        by_name[names[label]].append(label)
-    if list_file is not None:
-        labels = _chosen(list_file, by_name, gt_dir)
-    pairs = [(label, _prediction(pred_dir, label.relative_to(gt_dir).parent, names[label])) for label in labels]
-    claims = defaultdict(list)
-    for label, prediction in pairs:
-        claims[prediction].append(label)
-    for prediction, shared in claims.items():
-        if len(shared) > 1:
-            raise UserError(f"{prediction} would be the prediction for {shared[0]} and {shared[1]}; "
-                            "keep the predictions in the subfolders of their labels")
-    return pairs
-
-
-def _png(image: str) -> str:
-    """The name of the prediction for an image."""
-    return f"{PurePath(image).stem}.png"
-
-
-def _chosen(list_file: Path, by_name: Mapping[str, list[Path]], gt_dir: Path) -> list[Path]:
-    lines = read_lines(list_file)
-    found = [by_name.get(_png(line), []) for line in lines]
-    wrong = [line for line, labels in zip(lines, found, strict=True) if len(labels) != 1]
-    if wrong:
-        raise UserError(f"{list_file}: {len(wrong)} of {len(lines)} images have no label, or several, in {gt_dir}: "
-                        + listed(wrong))
-    return [labels[0] for labels in found]
-
-
-def _prediction(pred_dir: Path, subfolder: PurePath, name: str) -> Path:
-    places = [pred_dir.joinpath(*subfolder.parts[i:], name) for i in range(len(subfolder.parts))]
-    return next((place for place in places if os.path.isfile(place)), pred_dir / name)
-
-
-def read_devkit(devkit: Path, gt_dir: Path, pred_dir: Path) -> tuple[tuple[str, ...], np.ndarray, list[Pair]]:
-    """(class names, int16 [256] label value -> class, pairs) of the original release's folder."""
-    info = read_json(devkit / "info.json")
-    try:
-        names = tuple(map(str, info["label"]))
-        mapping = {int(value): int(index) for value, index in info["label2train"]}
-    except (ValueError, TypeError, KeyError, OverflowError) as e:
-        raise UserError(f"{devkit / 'info.json'}: must hold 'label' and 'label2train': {e!r}") from None
-    outside = [index for index in mapping.values() if index != VOID and not 0 <= index < len(names)]
-    if outside:
-        raise UserError(f"{devkit / 'info.json'}: 'label2train' has the class {listed(outside)}, but 'label' names the "
-                        f"classes 0..{len(names) - 1}; {VOID} stands for void")
-    labels, images = read_lines(devkit / "label.txt"), read_lines(devkit / "val.txt")
-    if len(labels) != len(images):
-        raise UserError(f"{devkit}: label.txt has {len(labels)} lines and val.txt {len(images)}; they must pair")
-    table = np.array([mapping.get(value, VOID if value == VOID else -1) for value in range(256)], np.int16)
-    return names, table, [(gt_dir / a, pred_dir / PurePath(b).name) for a, b in zip(labels, images, strict=True)]
 
 
 def choose_classes(text: str | None, names: Sequence[str], subsets: Mapping[str, Sequence[str]]) -> list[int]:

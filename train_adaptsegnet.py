@@ -243,7 +243,7 @@ def train(args: argparse.Namespace) -> Session:
     net = run.place_net(net, sync_bn=args.is_training, compiled=args.compile)
     discriminators = {}
     if not args.source_only:
-        channels = len(data.classes) if args.adapt == "output" else net.channels[1]
+        channels = len(data.classes) if args.adapt == "output" else net.channels[-1]
         discriminators = {n: run.place_net(FCDiscriminator(channels), compiled=args.compile)
                           for n in ((1, 2) if args.multi_level else (2,))}
     levels = [Level(1, discriminators.get(1), args.lambda_seg, args.lambda_adv_target1)] if args.multi_level else []

@@ -623,10 +623,13 @@ def train(args: argparse.Namespace) -> Session:
         session.save()
 
     labels_of(0)  # refuses a folder that cannot hold a data set
+    built = args.spatial_prior == "build"
+    prior = None if built else open_prior(args, data, folder, run)  # a bad file is refused before anything is written
     last = args.num_rounds - 1
     with Session(run, args, folder, {"": net}, [optimizer], scaler=scaler, meta=meta_of,
                  extra_state={"rounds": rounds}, free={"num_rounds", "save_color", "cache_mb"}) as session:
-        prior = open_prior(args, data, folder, run)
+        if built:
+            prior = open_prior(args, data, folder, run)
         session.header(header(args, run, data, known, loaded, schedule, rounds))
         if session.resumed:
             session.last_good = Path(weights_before(rounds.number))

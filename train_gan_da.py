@@ -125,10 +125,7 @@ class DeeplabBase(Deeplab):
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, ...]:
         """x [N, 3, H, W] -> logits [N, classes, h, w]; with features: (layer4, layer3, layer2, logits)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        layer2 = self.layer2(self.layer1(x))
-        layer3 = self.layer3(layer2)
-        layer4 = self.layer4(layer3)
+        layer2, layer3, layer4 = self.stages(x)
         logits = self.layer5(layer4)
         return (layer4, layer3, layer2, logits) if return_features else logits
 
@@ -237,8 +234,7 @@ def build(base: str, num_classes: int, arch: str, width: float, padding: str, dr
     """(F with C, what makes the G that fits it)."""
     if base == "deeplab":
         net = DeeplabBase(num_classes, arch, stride_on=stride_on)
-        channels = (net.channels[1], net.channels[0], net.channels[0] // 2)
-        return net, lambda: Generator(channels, width, kernel=3, pad=1, stride=1, pad_image=3)
+        return net, lambda: Generator(net.channels[::-1], width, kernel=3, pad=1, stride=1, pad_image=3)
     net = FCN8s(num_classes, width, padding, dropout, image_std=64.0 if pixels == "caffe" else 1.0)
     fit = dict(pad=0, pad_image=100) if padding == "released" else dict(pad=3, pad_image=3)
     return net, lambda: Generator(net.channels, width, **fit)
@@ -570,7 +566,7 @@ def train(args: argparse.Namespace) -> Session:
         max_pictures=args.save_num_images)
     with Session(run, args, folder, modules, optimizers.values(), scaler=scaler, meta=meta_of,
                  prefix=f"{source.name.upper()}_", validation=validation, free={"num_steps"}) as session:
-        fcn8s = f" of width {args.width:g}, padding {args.padding}" if args.base == "fcn8s" else ""
+        fcn8s = f", width {args.width:g}, padding {args.padding}" if args.base == "fcn8s" else ""
         low_memory = ", low memory" if args.low_memory else ""
         session.header({
             "weights": loaded, "networks": f"{args.base} {backbone}, {classes} classes{fcn8s}",

@@ -68,8 +68,11 @@ DEFAULTS = {
                   lr_policy="constant", lambda_contrastive=2.0, init_type="default")}
 # --demo: narrow networks on the rendered pair
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_translation/{seed}", preprocess="crop", crop_size=(96, 96),
-            ngf=16, ndf=16, netG="resnet_6blocks", batch_size=1, lr=1e-3, lambda_identity=0.0, n_epochs=2,
-            n_epochs_decay=2, save_num_images=3, log_every=60)
+            ngf=16, ndf=16, netG="resnet_6blocks", batch_size=1, lr=1e-3, lambda_identity=0.0, save_num_images=3,
+            log_every=60)
+DEMO_EPOCHS = {"cyclegan": dict(n_epochs=2, n_epochs_decay=2), "spgan": dict(n_epochs=8, n_epochs_decay=0)}
+# --cameras: CamStyle's recipe
+CAMERA_EPOCHS = dict(n_epochs=30, n_epochs_decay=20)
 
 
 def side_or_size(text: str) -> tuple[int, int]:
@@ -130,8 +133,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.set_defaults(save_pred_every=None)
     args = flags.parse(p, argv, DEMO)
     args.method = "cyclegan" if args.model else args.method
-    cameras = dict(n_epochs=30, n_epochs_decay=20) if args.cameras else {}
-    for name, value in {**DEFAULTS[args.method], **cameras}.items():
+    epochs = DEMO_EPOCHS[args.method] if args.demo else CAMERA_EPOCHS if args.cameras else {}
+    for name, value in {**DEFAULTS[args.method], **epochs}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.gpu_ids is not None:

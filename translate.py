@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -70,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     judge.add_argument("--judge", metavar="CHECKPOINT", help="a segmenter that looks at the pictures before and after")
     judge.add_argument("--target", help="a folder or described data set: distance of the pictures to it")
     judge.add_argument("--data-dir-target", help="folder of the target (default: the description's)")
-    p.add_argument("--overwrite", action="store_true", help="replace what an earlier, different call wrote into --out")
+    p.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote into --out")
     p.add_argument("--cpu", action="store_true")
     p.add_argument("--gpu", type=flags.natural, default=0)
     p.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="norms stay in float32")
@@ -81,6 +82,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         p.error("--out says where the pictures go")
     if args.domains and not args.cameras:
         p.error("--domains are two cameras of --cameras")
+    if args.cameras and (args.judge or not args.a2b or args.data_list or args.source_set):
+        p.error("--judge, --a2b, --data-list and --source-set do not go with --cameras")
     if args.target and not args.judge:
         p.error("--target is what --judge compares with")
     return args
@@ -218,18 +221,20 @@ def describe(domain: Domain, data: str, out: Path, file: Path) -> None:
             new.write_text(text + "\n")
 
 
-def check_record(args: argparse.Namespace, out: Path, facts: dict, run: runtime.Run) -> None:
-    """Pictures of different calls must not mix. Raises UserError."""
+def check_record(args: argparse.Namespace, out: Path, facts: dict, files: Sequence[Path], run: runtime.Run) -> None:
+    """Pictures of different calls must not mix. files: what this call will write. Raises UserError."""
     record = out / "translate.json"
-    if record.exists() and not args.overwrite and (before := read_json(record)) != facts:
+    before = read_json(record) if record.exists() else None
+    there = [file for file in files if file.exists()] if before != facts else []
+    if there and not args.overwrite:
         differs = [f"{key} was {before.get(key)}, is {value}" for key, value in facts.items()
-                   if before.get(key) != value]
-        raise UserError(f"{out} holds the pictures of another call: {'; '.join(differs)}. Choose another --out, or "
-                        "replace them with --overwrite")
+                   if before.get(key) != value] if before else ["they were not written by this script"]
+        raise UserError(f"{out} holds pictures of the same names, {there[0]} among them: {'; '.join(differs)}. Choose "
+                        "another --out, or replace them with --overwrite")
     run.barrier()
-    if run.is_main and (not record.exists() or read_json(record) != facts):
-        for path in out.rglob("*.png") if args.overwrite else ():
-            path.unlink()
+    if run.is_main and before != facts:
+        for file in there:
+            file.unlink()
         with atomic_write(record, "Choose another --out") as new:
             new.write_text(json.dumps(facts, indent=1) + "\n")
     run.barrier()
@@ -251,16 +256,15 @@ def translate_set(args: argparse.Namespace, translator: Translator, run: runtime
         raise UserError(f"--out {out} is the folder of the originals: choose another one")
     names = [image.relative_to(root).with_suffix(".png").as_posix() for image in images]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(names).most_common(1)[0][0]
         raise UserError(f"two pictures would be written as {twice}: they differ in their endings only")
     stamp = zlib.crc32(Path(args.checkpoint).read_bytes())
     facts = {"checkpoint": f"{args.checkpoint} ({stamp:08x})", "a2b": args.a2b, "scale": translator.scale,
              "root": str(root.resolve()), **({key: getattr(args, key) for key in (
                  "seed", "style", "num_style", "synchronized")} if translator.styles else {})}
-    check_record(args, out, json.loads(json.dumps(facts)), run)
-
-    styles = Styles(translator, args, run)
     folders = [out / f"style{k}" for k in range(args.num_style)] if args.num_style > 1 else [out]
+    styles = Styles(translator, args, run)
+    check_record(args, out, json.loads(json.dumps(facts)), [folder / name for folder in folders for name in names], run)
     mine = range(run.rank, len(images), run.world)
     for i in tqdm(mine, unit="image", disable=None if run.is_main else True):
         for k, folder in enumerate(folders):
@@ -337,7 +341,7 @@ def translate_cameras(args: argparse.Namespace, run: runtime.Run) -> None:
         mine = [p.path for p in persons.train if p.camera == c][run.rank::run.world]
         for image in tqdm(mine, unit="image", desc=f"{c + 1} to {d + 1}", disable=None if run.is_main else True):
             file = out / f"{image.stem}_fake_{c + 1}to{d + 1}.jpg"
-            if not file.exists():
+            if args.overwrite or not file.exists():
                 translate_file(translator, image, file, None, args, run, quality=95, subsampling=0)
     run.barrier()
     run.say(f"camera styles in {out}")

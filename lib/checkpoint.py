@@ -71,9 +71,10 @@ def read_weights(path: str | Path, fcn: bool = False) -> tuple[dict[str, Tensor]
     """(state dict under our names, meta) of a weight file in any dialect.
 
     Understood: plain state dicts; dicts that hold one under a key of CONTAINERS (net: our resume.pth); the
-    prefixes module., Scale. and _orig_mod.; torchvision's ResNet and VGG-16 (recognised by their linear classifier,
-    dropped here, or with ``fcn`` made fc6 and fc7 of FCN-8s; meta then says pixels "imagenet" and, for a ResNet,
-    stride_on "3x3"); the release of pixel-level cycle association, whose classes are put in Cityscapes' order.
+    prefixes module., Scale. and _orig_mod.; torchvision's ResNet, VGG-16 and MobileNetV2, the last two also by their
+    features alone (the linear classifier is dropped or, with ``fcn``, made fc6 and fc7 of FCN-8s; meta then says pixels
+    "imagenet" and, for a ResNet, stride_on "3x3"); the release of pixel-level cycle association, whose classes are put
+    in Cityscapes' order.
     Raises UserError when the file holds no tensors.
     """
     state, container = load(path), None
@@ -92,11 +93,11 @@ def read_weights(path: str | Path, fcn: bool = False) -> tuple[dict[str, Tensor]
             while (prefix := next((p for p in PREFIXES if key.startswith(p)), None)) is not None:
                 key = key[len(prefix):]
             weights[key] = value
-    if "fc.weight" in weights or "classifier.6.weight" in weights:
+    if is_torchvision(weights):
         try:
             return from_torchvision(weights, fcn)
         except (KeyError, ValueError, IndexError, RuntimeError):
-            raise UserError(f"checkpoint {path} has the classifier of torchvision's ResNet or VGG-16, but not their "
+            raise UserError(f"checkpoint {path} has the classifier of torchvision's networks, but not their "
                             "layers: give weights of the network that --model or --arch names") from None
     if "classifier.0.convs.0.0.weight" in weights and container in ("weights", "model_state_dict") and not meta:
         return from_pixel_assoc(weights)
@@ -106,7 +107,7 @@ def read_weights(path: str | Path, fcn: bool = False) -> tuple[dict[str, Tensor]
 def initial_weights(restore_from: str | None, arch: str, fcn: bool = False) -> tuple[dict[str, Tensor] | None, dict]:
     """(weights, meta) of a file, of torchvision's ImageNet weights ("imagenet"; fetched once), or (None, {}) for None.
 
-    arch: "resnet18", "resnet50", "resnet101" or "vgg16"; fcn: VGG-16 for FCN-8s, not for DeepLab. Raises UserError
+    arch: of lib.models.deeplab.ARCHITECTURES, or "vgg16"; fcn: VGG-16 for FCN-8s, not for DeepLab. Raises UserError
     where the weights cannot be had.
     """
     if restore_from is None:
@@ -132,13 +133,23 @@ def torchvision_models():
     return torchvision.models
 
 
+def is_torchvision(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are weights of a network of ImageNet: with a linear classifier, or features without our heads."""
+    classifier = any(key in weights for key in ("fc.weight", "classifier.6.weight", "classifier.1.weight"))
+    features = {"features.18.0.weight", "features.28.weight"} & weights.keys()  # MobileNetV2's and VGG-16's last ones
+    return classifier or bool(features) and all(key.startswith("features.") for key in weights)
+
+
 def from_torchvision(weights: Mapping[str, Tensor], fcn: bool = False) -> tuple[dict[str, Tensor], dict]:
-    """torchvision's ResNet or VGG-16 under our names, without its linear classifier, and its conventions.
+    """torchvision's ResNet, VGG-16 or MobileNetV2 under our names, without its classifier, and its conventions.
 
     fcn: VGG-16 under the names of FCN8s, whose fc6 and fc7 come from the classifier.
     """
     if "fc.weight" in weights:
         return {k: v for k, v in weights.items() if not k.startswith("fc.")}, {"pixels": "imagenet", "stride_on": "3x3"}
+    if "features.18.0.weight" in weights:  # the convolution to 1280 channels is no part of our MobileNetV2
+        return {k: v for k, v in weights.items() if not k.startswith(("features.18.", "classifier."))}, \
+            {"pixels": "imagenet"}
     if fcn:
         return from_vgg16(weights), {"pixels": "imagenet"}
     renamed = {}
@@ -161,6 +172,11 @@ def from_pixel_assoc(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
                      "align_corners": False}
 
 
+# A tensor of each backbone that the ones after it do not have.
+PARTS = {"mobilenet_v2": "features.1.conv.0.0.weight", "resnet101": "layer3.22.conv1.weight",
+         "resnet50": "layer1.0.conv3.weight"}
+
+
 def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
     """Model name, depth and class count of a DeepLab or FCN-8s state dict, from its keys and shapes.
 
@@ -174,8 +190,8 @@ def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
     for key, model in heads.items():
         if key in weights and weights[key].dim() == 4:
             stem = "backbone." if model == "DeeplabPixelAssoc" else ""
-            arch = "vgg16" if model == "DeeplabVGG" else "resnet101" if f"{stem}layer3.22.conv1.weight" in weights \
-                else "resnet50" if f"{stem}layer1.0.conv3.weight" in weights else "resnet18"
+            arch = "vgg16" if model == "DeeplabVGG" else next(
+                (name for name, part in PARTS.items() if f"{stem}{part}" in weights), "resnet18")
             only = {"aspp": "full"} if model == "DeeplabPixelAssoc" else {}
             return {"model": model, "arch": arch, "num_classes": weights[key].shape[0], **only}
     some = ", ".join(list(weights)[:4])
@@ -252,7 +268,7 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
     backbone's tensors match: silently missing initial weights cost users of the release ten points.
     """
     own, report = net.state_dict(), LoadReport()
-    if "backbone.conv1.weight" in own and "conv1.weight" in weights:  # weights of a plain ResNet or another DeepLab
+    if any(f"backbone.{key}" in own for key in weights):  # weights of ImageNet, or of another DeepLab
         weights = {f"backbone.{key}": value for key, value in weights.items()}
     head_names = getattr(net, "head_names", ())
     fitting = {}
@@ -313,9 +329,10 @@ def save_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[t
     net, *others = modules
     state = net.state_dict()
     state.segadapt = dict(meta)
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # where dropout then draws from
     save({"net": state, "others": [module.state_dict() for module in others],
           "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(),
-          "rng": torch.get_rng_state(), **rest}, path)
+          "rng": torch.get_rng_state(), "rng_gpu": torch.cuda.get_rng_state() if on_gpu else None, **rest}, path)
 
 
 def load_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
@@ -337,6 +354,8 @@ def load_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[t
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
+        if state.get("rng_gpu") is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["rng_gpu"])
         int(state["iteration"])
     except Exception as error:  # what an incomplete or edited file raises depends on what it lacks
         raise UserError(f"{path} does not hold a whole run of this script ({type(error).__name__}: "

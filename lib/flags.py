@@ -140,7 +140,7 @@ def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         group.add_argument(f"--data-list{option}", help=f"file with one image of the {domain} a line")
     group.add_argument("--source-set", help="set of the source (default: the description's)")
     group.add_argument("--set", help="set of the target (default: the description's)")
-    group.add_argument("--num-workers", type=workers, default=min(4, os.cpu_count() or 1),
+    group.add_argument("--num-workers", "--num_threads", type=workers, default=min(4, os.cpu_count() or 1),
                        help="loader processes of each domain")
     group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
     return group

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import UserError
-from lib.models.deeplab import DeeplabVGG, named_groups
+from lib.models.deeplab import named_groups
 from lib.runtime import Run
 
 MAX_SKIPPED = 20  # steps of a GuardedStep in a row
@@ -81,11 +81,13 @@ def deeplab_sgd(net: nn.Module, flavour: str, lr: float, momentum: float, weight
     """SGD for a network of lib.models.deeplab, heads at ``head_lr_mult`` times the rate.
 
     flavour "released": a ResNet's backbone parameter is applied as often as it stands in the released list, which is
-    the number of modules around it (the dots of its name); "once": every parameter once.
+    the number of modules around it (the dots of its name), and one of VGG-16 or MobileNetV2 (``features``) once, since
+    the release did not walk those; "once": every parameter once.
     """
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
     for name, parameter, in_head in named_groups(net):
-        repeats = 1 if in_head or flavour == "once" or isinstance(net, DeeplabVGG) else name.count(".")
+        once = in_head or flavour == "once" or name.startswith("features.")
+        repeats = 1 if once else name.count(".")
         groups.setdefault((repeats, head_lr_mult if in_head else 1.0), []).append(parameter)
     groups = [dict(params=params, repeats=repeats, lr_mult=mult) for (repeats, mult), params in groups.items()]
     if flavour == "once":

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lib.models.cyclegan import InstanceNorm, ResizeConv, ResnetBlock
 from lib.models.translation import AdaptiveInstanceNorm, ConvBlock, LayerNorm, ResBlock, ResBlocks
+from lib.runtime import as_float32
 
 Span = tuple[int, int]  # first and one past the last row, or column
 
@@ -120,7 +121,9 @@ class Norm:
         self.scale, self.shift = (v.expand(len(sums)).view(-1, 1, 1) for v in (scale, shift))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.mul_(self.scale.to(x.dtype)).add_(self.shift.to(x.dtype))
+        """In float32 at least, and in place where x is."""
+        y = as_float32(x)
+        return y.mul_(self.scale.to(y.dtype)).add_(self.shift.to(y.dtype)).to(x.dtype)
 
 
 class Residual:

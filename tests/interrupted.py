@@ -43,7 +43,7 @@ def shrink(script) -> None:
     """Give the script networks of a few parameters, where no flag does."""
     if script.__name__ not in ("train_adaptsegnet", "train_cbst", "train_pixel_assoc"):
         return
-    script.build = lambda model, classes, *_, **named: TinyNet(classes)
+    script.build = checkpoint.build = lambda model, classes, *_, **named: TinyNet(classes)
     checkpoint.recognise = lambda weights: {"model": "Deeplab", "arch": "resnet18",
                                             "num_classes": len(weights["layer5.bias"])}
     if hasattr(script, "FCDiscriminator"):

@@ -14,10 +14,11 @@ IMPORTED = ["torch", "torch._dynamo", "torch.distributed", "torch.utils.data", "
             "tqdm"]
 
 
-def _become(argv: list[str], cwd: str, environment: dict[str, str], files: tuple[str, str]) -> None:
+def _become(argv: list[str], cwd: str, environment: dict[str, str], files: tuple[str, str], method: str) -> None:
     """Run the script argv[0] in this process, as `python argv[0] ...` would."""
     import torch
 
+    multiprocessing.set_start_method(method, force=True)  # of loaders: forkserver's children would use that
     os.setsid()
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY), number)
@@ -41,7 +42,8 @@ class Started:
         self.files = tuple(str(Path(self.folder.name, name)) for name in ("stdout", "stderr"))
         for file in self.files:
             Path(file).touch()
-        self.process = context.Process(target=_become, args=(argv, str(cwd or os.getcwd()), environment, self.files))
+        self.process = context.Process(target=_become, args=(argv, str(cwd or os.getcwd()), environment, self.files,
+                                                             multiprocessing.get_start_method()))
         self.process.start()
 
     def wait(self, seconds: float) -> subprocess.CompletedProcess:

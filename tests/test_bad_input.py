@@ -67,6 +67,39 @@ def one_class(pair: Path) -> list[str]:
     return ["--source", described(pair, classes=classes, void=[i for i in range(256) if i != 7], subsets={})]
 
 
+def floats(path: Path) -> None:
+    Image.fromarray(np.zeros((48, 64), np.float32)).save(path, format="TIFF")
+
+
+def bomb(path: Path) -> None:
+    """100 kB that decompress to 144 MB."""
+    Image.fromarray(np.zeros((12000, 12000), bool)).save(path)
+
+
+def all_void(pair: Path) -> None:
+    for path in (pair / "gta5/labels").iterdir():
+        Image.new("L", (64, 48), 0).save(path)
+
+
+def no_truth(pair: Path) -> list[str]:
+    shutil.rmtree(pair / "cityscapes/gtFine/val")
+    return ["--val-set", "val"]
+
+
+def misspelt_map(pair: Path) -> list[str]:
+    entries = json.loads((ROOT / "lib/datasets/demo.json").read_text())
+    (pair / "target.json").write_text(json.dumps({**entries, "maps": {"gta5": {"vegetatoin": "terrain"}}}))
+    return ["--target", str(pair / "target.json")]
+
+
+def list_lines(line: str, words: str = "1 of 2 images do not exist") -> tuple:
+    return lambda p: ["--data-list", listed(p, f"00001.png\n{line}\n")], [f"list.txt: {words}"]
+
+
+def json_file(text: str, words: str) -> tuple:
+    return lambda p: ["--source", listed(p, text)], [f"list.txt: {words}"]
+
+
 # name: (what is done to the pair, giving more flags or None; what the message says)
 CASES = {
     "missing source folder": (lambda p: ["--data-dir", str(p / "nowhere")],
@@ -91,6 +124,43 @@ CASES = {
     "no such data set": (lambda p: ["--source", "gta"], ["no data set 'gta'", "gta5", "path of a .json"]),
     "broken description": (lambda p: ["--source", listed(p, "{")], ["list.txt: not JSON", "line 1"]),
     "wrong description": (lambda p: ["--source", described(p, size=[1])], ["mine.json: 'size' must be"]),
+    "image of floats": (lambda p: floats(p / IMAGE), [f"{IMAGE}: its samples are floating-point numbers"]),
+    "target of floats": (lambda p: floats(p / TARGET), [f"{TARGET}: its samples are floating-point numbers"]),
+    "label of floats": (lambda p: floats(p / LABEL), [f"{LABEL}: one 8-bit class value a pixel is expected"]),
+    "bomb as image": (lambda p: bomb(p / IMAGE), [f"{IMAGE}: 12000x12000 are more than 128 million pixels"]),
+    "bomb as label": (lambda p: bomb(p / LABEL), [f"{LABEL}: 12000x12000 are more than 128 million pixels"]),
+    "bomb as truth": (lambda p: bomb(p / TRUTH), [f"{TRUTH}: 12000x12000 are more than 128 million pixels"]),
+    "labels all void": (all_void, ["none of the 5 labels that were read", "has a pixel of any class of this run"]),
+    "ignored class": (lambda p: ["--ignore-label", "3"], ["label to ignore, 3, is the index of the class 'wall'"]),
+    "no label of a validation set": (no_truth, ["2 bad files", "does not exist"]),
+    "misspelt class in maps": (misspelt_map, ["names vegetatoin, no class of 'gta5'"]),
+    "misspelt class, all files": (lambda p: [*misspelt_map(p), "--check-data"], ["names vegetatoin, no class"]),
+    "line of 5000 letters": list_lines("x" * 5000),
+    "line of a slash": list_lines("/"),
+    "line of a point": list_lines("."),
+    "line of two points": list_lines(".."),
+    "line of a null": list_lines("\0"),
+    "line of a folder": list_lines("images"),
+    "line out of the root": (lambda p: ["--data-list", listed(p, "../../cityscapes/gtFine/val/lakeside/"
+                                                                 "lakeside_000001_000019_gtFine_labelIds.png")],
+                             ["has no label: it does not match the pattern"]),
+    "list that is a folder": (lambda p: ["--data-list", str(p)], ["cannot be read: Is a directory"]),
+    "list that is a picture": (lambda p: ["--data-list", str(p / IMAGE)], ["00002.png: not a UTF-8 text file"]),
+    "list of a long name": (lambda p: ["--data-list", "x" * 5000], ["cannot be read: File name too long"]),
+    "root of a long name": (lambda p: ["--data-dir", "x" * 5000], ["no such folder"]),
+    "root that is a file": (lambda p: ["--data-dir", str(p / IMAGE)], ["00002.png: no such folder"]),
+    "set of a long name": (lambda p: ["--set", "x" * 5000], ["no image of the set"]),
+    "set out of the root": (lambda p: ["--set", "../../../gta5"], ["no image of the set"]),
+    "brackets of 100000": json_file("[" * 100_000, "not usable: its brackets are nested too deeply"),
+    "number of 6000 digits": json_file('{"name": ' + "9" * 6000 + "}", ""),
+    "no object": json_file("[]", "a description is one JSON object"),
+    "key twice removed": json_file("{}", "the key 'name' is missing"),
+    "name out of its folder": (lambda p: ["--source", described(p, name="../gta5")], ["'name' becomes part of file"]),
+    "brace in a pattern": (lambda p: ["--source", described(p, images="images/}{stem}.png")], ["a placeholder is"]),
+    "null in a pattern": (lambda p: ["--source", described(p, root="\0")], ["a character that no path can"]),
+    "size of nothing": (lambda p: ["--source", described(p, size=[0, 5])], ["mine.json: 'size' must be"]),
+    "data set of a long name": (lambda p: ["--source", "x" * 5000], ["no data set", "give one of camvid"]),
+    "data set that is a folder": (lambda p: ["--source", str(p)], ["no data set", "give one of camvid"]),
     "missing weights": (lambda p: ["--restore-from", str(p / "no.pth")], ["no.pth does not exist"]),
     "too small for D": (lambda p: ["--adapt", "feature"], ["at least 256x256", "--input-size"]),
 }
@@ -105,6 +175,7 @@ def test_a_message_before_training(pair, tmp_path, case):
         script.main(training(pair, tmp_path / "run", *flags))
     for fact in facts:
         assert fact in str(caught.value), str(caught.value)
+    assert len(str(caught.value)) < 3000
     assert not (tmp_path / "run").exists(), "nothing was written"
 
 
@@ -145,7 +216,9 @@ def test_weights_of_another_network(rendered, tmp_path):
 
 def test_check_data(rendered, pair, tmp_path, capsys):
     """Good data passes, without a network; every bad file is listed; all of it on the command line too."""
-    assert script.main(training(pair, tmp_path / "run", "--check-data")) == 0
+    with pytest.raises(SystemExit) as left:
+        script.main(training(pair, tmp_path / "run", "--check-data"))
+    assert left.value.code == 0
     assert "fine" in capsys.readouterr().out and not (tmp_path / "run").exists()
     truncate(pair / IMAGE)
     unknown_value(pair / "gta5/labels/00004.png")

@@ -383,6 +383,20 @@ def test_mistakes_on_the_command_line_are_named(tmp_path, pairs):
     assert "the list is empty" in refused(*good, "--list", tmp_path / "empty.txt")
 
 
+@pytest.mark.parametrize("set_", ["val/../val", "/", ".", "..", "x" * 5000, "*", "{set}", "[val]"])
+def test_sets_that_are_no_folder(tmp_path, pairs, set_):
+    message = refused(tmp_path, tmp_path / "pred", "--set", set_)
+    assert "no label of the set" in message and len(message) < 1500
+
+
+def test_labels_that_a_description_places_by_an_absolute_path(tmp_path, pairs):
+    """As train_cbst.py writes it for its pseudo-labels."""
+    entries = json.loads((ROOT / "lib/datasets/cityscapes.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**entries, "labels": f"{tmp_path}/{entries['labels']}"}))
+    plain = run(tmp_path / "gtFine", tmp_path / "pred").stdout
+    assert run(tmp_path / "gtFine", tmp_path / "pred", "--data", tmp_path / "mine.json").stdout == plain
+
+
 @pytest.mark.parametrize("line, said", [
     ("x" * 5000, "x..."), ("/", " /"), (".", " ."), ("..", " .."), ("\0", "\0"), ("../../a.png", " ../../a.png")])
 def test_list_lines_that_name_no_image(tmp_path, pairs, line, said):
@@ -391,9 +405,12 @@ def test_list_lines_that_name_no_image(tmp_path, pairs, line, said):
     assert "1 of 2 images have no label" in message and message.endswith(f"{said}\n") and len(message) < 2000
 
 
-def test_a_list_with_a_byte_order_mark(tmp_path, pairs):
+def test_lists_with_a_byte_order_mark_with_repeated_lines_and_of_another_encoding(tmp_path, pairs):
     (tmp_path / "list.txt").write_text(f"{NAMES[0]}_leftImg8bit.png\n", encoding="utf-8-sig")
     assert run(tmp_path, tmp_path / "pred", "--list", tmp_path / "list.txt").stdout.endswith("1 images\n")
+    (tmp_path / "list.txt").write_text(f"{NAMES[0]}_leftImg8bit.png\n" * 2)
+    message = refused(tmp_path, tmp_path / "pred", "--list", tmp_path / "list.txt")
+    assert f"1 images are listed more than once: {NAMES[0]}" in message
     (tmp_path / "list.txt").write_bytes(b"\xff\xfea\0")
     assert "not a UTF-8 text file" in refused(tmp_path, tmp_path / "pred", "--list", tmp_path / "list.txt")
 

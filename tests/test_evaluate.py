@@ -156,7 +156,7 @@ def test_a_checkpoint_of_crst(place):
     net.load_state_dict(state)
     x = (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     with torch.no_grad():
-        features = net.features(torch.from_numpy(x).float().permute(2, 0, 1)[None])[1]
+        features = net.stages(torch.from_numpy(x).float().permute(2, 0, 1)[None])[2]
         logits = sum(conv(features) for conv in net.layer5.conv2d_list)
     label = torch.nn.functional.interpolate(logits, (48, 64), mode="bilinear", align_corners=True).argmax(1)[0].numpy()
     ours = np.asarray(Image.open(place / "crst/picture.png"))

@@ -1,6 +1,7 @@
 """evaluate_reid.py: checkpoints, features on disk, rank pictures, both mAPs, mistakes."""
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -170,6 +171,15 @@ def test_junk_in_a_feature_file_is_dropped(saved, tmp_path):
 def test_one_message(people, checkpoints, in_this_process, more, text):
     with pytest.raises(UserError, match=text):
         script.main(arguments(people, checkpoints, *more))
+
+
+def test_two_names_for_one_file(people, checkpoints, tmp_path, in_this_process):
+    shutil.copytree(people / "campus", tmp_path / "campus")
+    queries = sorted((tmp_path / "campus" / "query").iterdir())
+    twin = tmp_path / "campus" / "bounding_box_test" / f"9{queries[0].name}"
+    twin.symlink_to(queries[0])
+    with pytest.raises(UserError, match=f"{queries[0].name} and .*{twin.name} are one file"):
+        script.main(arguments(tmp_path, checkpoints))
 
 
 def test_flags_that_exclude_each_other(capsys):

@@ -7,12 +7,11 @@ from lib import ops
 from lib.ops import retrieval
 from lib.ops.build import kernels
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 SIZES = [(1, 1, 1), (530, 20, 3), (9, 1100, 33), (7, 70, 530)]  # each with an edge of the tiles: 512 x 512 x 512
 KINDS = ["random", "clustered", "duplicates", "ties", "ranges", "tiny"]
 
 
-def vectors(kind: str, n: int, c: int, seed: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
+def vectors(kind: str, n: int, c: int, seed: int, dtype=torch.float32) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, c, generator=g, dtype=dtype)
     centres = torch.randn(7, c, generator=torch.Generator().manual_seed(0), dtype=dtype)
@@ -26,12 +25,12 @@ def vectors(kind: str, n: int, c: int, seed: int, dtype=torch.float32, device="c
         x *= 10.0 ** torch.randint(-18, 19, (n, 1), generator=g).to(dtype)
     elif kind == "tiny":  # every distance is at the floor
         x *= 1e-25
-    return x.to(device)
+    return x
 
 
 def all_distances(x, y):
     i, j = torch.arange(len(x)).repeat_interleave(len(y)), torch.arange(len(y)).repeat(len(x))
-    return retrieval._pair_distances.reference(x.cpu(), y.cpu(), i, j).view(len(x), len(y))
+    return retrieval._pair_distances.reference(x, y, i, j).view(len(x), len(y))
 
 
 def some_lists(queries: int, items: int):
@@ -41,20 +40,19 @@ def some_lists(queries: int, items: int):
     return [ops.Lists.from_pairs(*np.nonzero(which == n), queries) for n in (1, 2)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_exact(backend, kind, device):
+def test_exact(backend, kind):
     for dtype in (torch.float32, torch.float64):
         for n1, n2, c in SIZES:
-            x, y = vectors(kind, n1, c, 1, dtype, device), vectors(kind, n2, c, 2, dtype, device)
+            x, y = vectors(kind, n1, c, 1, dtype), vectors(kind, n2, c, 2, dtype)
             listed, left_out = some_lists(n1, n2)
             d = all_distances(x, y)
             for got, want in zip(ops.rank_counts(x, y, listed, left_out),
                                  ops.row_rank_counts(d, listed, left_out), strict=True):
-                assert torch.equal(got.cpu(), want), (dtype, n1, n2, c)
+                assert torch.equal(got, want), (dtype, n1, n2, c)
 
             k, row = min(5, n2) + 1, torch.arange(n1).repeat_interleave(left_out.start.diff())
-            index, distance, farthest = (t.cpu() for t in ops.topk_pairs(x, y, k, left_out))
+            index, distance, farthest = ops.topk_pairs(x, y, k, left_out)
             d[row, left_out.item] = torch.inf
             ordered = torch.sort(d, dim=1, stable=True)
             assert torch.equal(distance[:, :n2], ordered.values[:, :k])
@@ -78,8 +76,8 @@ def test_all_alike(backend):
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicates", "ties"])
 def test_threads_do_not_matter(compiled, kind):
-    x, y = vectors(kind, 530, 40, 1), vectors(kind, 600, 40, 2)
-    listed, left_out = some_lists(530, 600)
+    x, y = vectors(kind, 130, 40, 1), vectors(kind, 600, 40, 2)
+    listed, left_out = some_lists(130, 600)
     ops.use("reference")
     expected = [*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x[:100], y, 21)]
     ops.use("compiled")
@@ -93,6 +91,20 @@ def test_threads_do_not_matter(compiled, kind):
     finally:
         torch.set_num_threads(before)
         ops.use("auto")
+
+
+def test_a_lower_precision_of_products_elsewhere_changes_nothing(compiled):
+    x, y = vectors("random", 60, 600, 1), vectors("clustered", 300, 600, 2)
+    listed, left_out = some_lists(60, 300)
+    want = [*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x, y, 5)]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        got = [*ops.rank_counts(x, y, listed, left_out), *ops.topk_pairs(x, y, 5)]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(map(torch.equal, got, want))
 
 
 def test_the_same_from_strided_half_and_one_tensor(backend):
@@ -155,3 +167,41 @@ def test_opcheck(compiled, name):
     arguments = {"rank_counts": (x, y, *lists), "topk_pairs": (x, y, 3, *lists[2:]),
                  "pair_distances": (x, y, torch.tensor([0, 19]), torch.tensor([29, 0]))}[name]
     torch.library.opcheck(getattr(kernels(), name), arguments)
+
+
+# ---- CUDA against the CPU ----
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_gives_the_same(compiled, cuda, kind):
+    for dtype, (n1, n2, c) in zip((torch.float32, torch.float64) * 2, [(1, 1, 1), (12, 90, 3), (9, 130, 33),
+                                                                       (5, 40, 530)], strict=True):
+        x, y = vectors(kind, n1, c, 1, dtype), vectors(kind, n2, c, 2, dtype)
+        lists = some_lists(n1, n2)
+        i, j = torch.arange(n1), torch.arange(n1) % n2
+
+        def results(to, x=x, y=y, lists=lists, i=i, j=j):
+            on = [ops.Lists(*map(to, given)) for given in lists]
+            return [*ops.rank_counts(to(x), to(y), *on), *ops.topk_pairs(to(x), to(y), 4, on[1]),
+                    ops.pair_distances(to(x), to(y), to(i), to(j))]
+
+        for got, want in zip(cuda.run(results), results(lambda t: t), strict=True):
+            assert torch.equal(got, want), (dtype, n1, n2, c)
+
+
+def test_cuda_across_tiles(compiled, cuda):
+    """More rows and columns than a tile of 1,024 x 4,096 has."""
+    x, y = vectors("duplicates", 1030, 2, 1), vectors("duplicates", 4100, 2, 2)
+    rows = ops.Lists.from_pairs(np.array([0, 1029, 1029]), np.array([4099, 0, 4098]), 1030)
+    for a, b, listed in ((x, y[:40], None), (x[1022:], y, rows.of(slice(1022, 1030)))):
+        def results(to, a=a, b=b, listed=listed):
+            ranks = [] if listed is None else ops.rank_counts(to(a), to(b), ops.Lists(*map(to, listed)))
+            return [*ranks, *ops.topk_pairs(to(a), to(b), 3)]
+
+        assert all(map(torch.equal, cuda.run(results), results(lambda t: t)))
+
+
+def test_cuda_refuses_what_is_not_finite(cuda):
+    x = vectors("random", 4, 5, 1)
+    x[1, 2] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        cuda.run(lambda to: ops.topk_pairs(to(x), to(x), 2))

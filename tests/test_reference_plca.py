@@ -193,7 +193,7 @@ def test_network(weights):
     assert [key for key, p in net.named_parameters() if not p.requires_grad] == NETWORK["requires_grad_false"]
     x = torch.from_numpy(DATA["net_input"]).double()
     with torch.no_grad():
-        layer3, layer4 = net.backbone.features(x)
+        _, layer3, layer4 = net.backbone.stages(x)
         features, logits = net(x, return_features=True)
     for name, value in (("out", logits), ("feat", layer4), ("aux_feat", layer3)):
         golden, part = every(DATA, f"net_eval_{name}")

@@ -1,27 +1,23 @@
-"""train_pixel_assoc.py as its user runs it: every variant, what it writes, and every way it can be stopped."""
-import signal
+"""train_pixel_assoc.py as its user runs it: every variant, what it writes, associations, mistakes."""
+import copy
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from interrupted import TinyNet
 from PIL import Image
-from scripts import (
-    assert_same_end,
-    execute,
-    execute_alone,
-    interrupted,
-    logged,
-    message,
-    torchrun,
-    training,
-    with_voids,
-)
+from scripts import execute, logged, message, training
 
 import train_pixel_assoc as script
-from lib import checkpoint, ops
+from lib import checkpoint
 from lib.models.deeplab import build
 from lib.runtime import Run
+from lib.visual import draw_associations
 
 SCRIPT = "train_pixel_assoc.py"
 ONE = Run(torch.device("cpu"), 0, 1, "off")
@@ -84,18 +80,96 @@ def test_pictures_of_associations(pair, folder):
     assert 0 <= logged(folder, "right_associations")[0]["right_associations"] <= 1
 
 
-def test_the_share_of_right_associations():
-    """On the same image with the same label every pixel finds itself, so all are right; shifted classes: none."""
+class Still:
+    """A domain of one image that is what it is given."""
+
+    def __init__(self, image: Image.Image, label: np.ndarray):
+        self.image, self.label = image, label
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        return self.image, self.label
+
+
+@pytest.mark.parametrize("shift, share", [(0, 1.0), (1, 0.0), (None, math.nan)])
+def test_the_share_of_right_associations(shift, share, tmp_path):
+    """On the same image every pixel finds itself: right with the same labels, wrong with others, nan without."""
     torch.manual_seed(0)
+    rng = np.random.default_rng(0)
     net = build("DeeplabPixelAssoc", 3, "resnet18").eval()
-    x = torch.randn(1, 3, 48, 64)
-    with torch.no_grad():
-        features = net(x, return_features=True)[0]
-    y = script.downsample(torch.randint(3, (1, 48, 64)), features.shape[2:])
-    found = ops.cycle_association_loss(features, features, y, alpha=0.0)
-    assert found.selected.all() and torch.equal(found.forward[0], torch.arange(y.numel()))
-    assert script.coverage(found.forward, y.numel()) == 1
+    image = Image.fromarray(rng.integers(0, 256, (48, 64, 3)).astype(np.uint8))
+    label = rng.integers(0, 3, (6, 8)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    other = np.full_like(label, 255) if shift is None else (label + shift) % 3
+    palette = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
+    data = SimpleNamespace(source=Still(image, label), validation=Still(image, other), palette=palette)
+    path = tmp_path / "associations.png"
+    found = script.right_associations(net, data, [(64, 48), (64, 48)], "imagenet", 0.0, 2, path, ONE)
+    assert found == pytest.approx(share, nan_ok=True)
+    drawn = np.asarray(Image.open(path)).reshape(-1, 3)
+    assert all((drawn == colour).all(1).sum() > 64 for colour in palette), "lines in the colours of the classes"
+
+
+def test_lines_of_associations():
+    """From the middle of a cell to that of another; a wrong one ends in a cross."""
+    black = Image.new("RGB", (80, 40))
+    sheets = [np.asarray(draw_associations(
+        [black, black], [(4, 8), (2, 4)], np.array([0]), np.array([6]), np.array([[9, 250, 9]], np.uint8),
+        np.array([wrong]))) for wrong in (False, True)]
+    assert sheets[0].shape == (40, 164, 3)
+    places = np.argwhere((sheets[0] == (9, 250, 9)).all(2))
+    assert places[0].tolist() == [5, 5] and places[-1].tolist() == [30, 84 + 50]  # y, x: cells 0 of 4x8, 6 of 2x4
+    cross = np.argwhere((sheets[1] != sheets[0]).any(2))
+    assert len(cross) > 8 and np.abs(cross - (30, 84 + 50)).max() <= 4
+
+
+def test_cover_is_the_share_of_target_pixels():
+    assert script.coverage(torch.arange(10)[None], 10) == 1
     assert script.coverage(torch.zeros(1, 5, dtype=torch.long), 10).item() == pytest.approx(0.1)
+
+
+class Joined(Run):
+    """One of two processes, here two threads: sums wait for the other."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, shared: list):
+        super().__init__(torch.device("cpu"), rank, 2, "off")
+        object.__setattr__(self, "meeting", (barrier, shared))
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        barrier, shared = self.meeting
+        shared[self.rank] = value.detach().clone()
+        barrier.wait()
+        total = shared[0] + shared[1]
+        barrier.wait()
+        return total
+
+
+def test_the_associations_of_two_processes_are_those_of_one():
+    """In float64, where rounding decides no argmax: the terms and, averaged, the gradients; label counts differ."""
+    torch.manual_seed(0)
+    net = build("DeeplabPixelAssoc", 3, "resnet18").double().eval()
+    x_s, x_t = torch.randn(2, 2, 3, 48, 64, dtype=torch.float64)
+    y = torch.randint(3, (2, 6, 8)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    y[1, :, 24:] = 255
+    weights = script.Weights(lovasz=0.0)
+
+    def gradient(module: torch.nn.Module) -> torch.Tensor:
+        return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+    def half(rank: int):
+        part, own = slice(rank, rank + 1), copy.deepcopy(net)
+        values = script.step(own, x_s[part], y[part], x_t[part], weights, Joined(rank, barrier, shared), iter_size=1)
+        return values, gradient(own)
+
+    barrier, shared = threading.Barrier(2), [None, None]
+    with ThreadPoolExecutor(2) as threads:
+        halves = list(threads.map(half, range(2)))
+    whole = script.step(net, x_s, y, x_t, weights, ONE, iter_size=1)
+    for key, value in whole.items():
+        assert ((halves[0][0][key] + halves[1][0][key]) / 2).item() == pytest.approx(value.item(), rel=1e-9), key
+    assert whole["kept_feat"] > 0 and whole["kept_cls"] > 0
+    torch.testing.assert_close((halves[0][1] + halves[1][1]) / 2, gradient(net), rtol=1e-7, atol=1e-10)
 
 
 def test_a_source_batch_without_labels():
@@ -103,7 +177,7 @@ def test_a_source_batch_without_labels():
     torch.manual_seed(0)
     net = build("DeeplabPixelAssoc", 4, "resnet18").train()
     x = torch.randn(1, 3, 48, 64)
-    values = script.backward(net, x, torch.full((1, 48, 64), 255), x, script.Weights(), ONE, iter_size=1)
+    values = script.step(net, x, torch.full((1, 48, 64), 255), x, script.Weights(), ONE, iter_size=1)
     assert all(values[key] == 0 for key in ("loss_ce", "loss_lovasz", "loss_asso_feat", "loss_asso_cls", "kept_feat"))
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
@@ -116,71 +190,18 @@ def test_initial_weights_of_any_network(pair, folder):
     assert "100.0 % of the backbone" in done.stdout and "classifier.0.convs.0.0" in done.stdout
 
 
-def test_script_and_lib_alone_in_an_empty_folder(pair, folder):
-    execute_alone(SCRIPT, folder, *arguments(pair, Path("out")))
-    assert (folder / "elsewhere/out/GTA5_2.pth").exists()
-
-
-# --- stopping and going on ----------------------------------------------------------------------------------------
-
-STEPS = ["--num-steps", "6", "--save-pred-every", "2"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(pair, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    interrupted(SCRIPT, *arguments(pair, folder, *STEPS))
-    return logged(folder), checkpoint.load(folder / "resume.pth"), {p.name for p in folder.iterdir()}
-
-
-MOMENTS = {"step:2": 0, "log:5": 2, "write GTA5_4.pth:1": 2, "write resume.pth:3": 4}  # and what resume.pth holds then
-
-
-@pytest.mark.parametrize("when, saved", MOMENTS.items())
-def test_sigkill_and_resume_end_as_if_nothing_had_happened(pair, folder, uninterrupted, when, saved):
-    given = arguments(pair, folder, *STEPS)
-    interrupted(SCRIPT, *given, at=when, code=-signal.SIGKILL)
-    assert (checkpoint.load(folder / "resume.pth")["iteration"] if saved else 0) == saved
-    resumed = interrupted(SCRIPT, *given, "--resume")
-    assert (f"resumed at iteration {saved}" if saved else "starting at the beginning") in resumed
-    assert_same_end(folder, uninterrupted)
-
-
-def test_a_signal_saves_and_leaves(pair, folder, uninterrupted):
-    given = arguments(pair, folder, *STEPS, "--num-workers", "1")
-    text = interrupted(SCRIPT, *given, at="step:3", by="SIGTERM", code=128 + signal.SIGTERM)
-    assert f"stopped at iteration 3; --resume goes on from {folder / 'resume.pth'}" in text and "Traceback" not in text
-    interrupted(SCRIPT, *given, "--resume")
-    assert_same_end(folder, uninterrupted)
-
-
 def test_fp16_scales_its_losses(pair, folder, in_this_process, monkeypatch):
     """In this process, with a network of a few parameters: fp16 convolutions crawl on a CPU."""
-    factors, original = [], script.backward
+    factors, original = [], script.step
 
-    def backward(*given, scale, **named):
+    def step(*given, scale, **named):
         factors.append(scale(torch.ones(())).item())
         return original(*given, scale=scale, **named)
 
     monkeypatch.setattr(script, "build", lambda model, classes, *_, **named: TinyNet(classes))
-    monkeypatch.setattr(script, "backward", backward)
+    monkeypatch.setattr(script, "step", step)
     assert script.main(arguments(pair, folder, "--amp", "fp16", "--no-aggregate")) == 0
     assert factors[0] == 2 ** 16 and len(logged(folder, "loss_asso_cls")) == 2
-
-
-def test_two_processes_compute_what_one_does_with_the_whole_batch(pair, folder):
-    """With fixed BN statistics and without L_lovasz, which is no mean over pixels; the halves' label counts differ."""
-    halved = with_voids(pair, folder.parent / "pair")
-    flags = ["--lambda-lovasz", "0", "--num-steps", "3", "--freeze-bn"]
-    one, two = folder / "one", folder / "two"
-    execute(SCRIPT, *arguments(halved, one, *flags, "--batch-size", "2"))
-    done = torchrun(SCRIPT, *arguments(halved, two, *flags))
-    assert "2 pairs a step = 1 x 2 processes x 1 passes" in done.stdout and done.stdout.count("device ") == 1
-    for a, b in zip(logged(two), logged(one), strict=True):
-        assert a.keys() == b.keys()
-        for key in a:  # an argmax of an untrained network is decided by rounding, soon
-            if a["iteration"] == 1 or key in ("loss_ce", "loss_lsr_s", "loss_lsr_t", "lr"):
-                assert a[key] == pytest.approx(b[key], rel=1e-5), (a["iteration"], key)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------
@@ -220,7 +241,7 @@ def test_the_demo_adapts_the_source_only_network(pair, folder, monkeypatch, in_t
     monkeypatch.chdir(folder)
     assert script.main(["--demo", "--random-seed", "7", *arguments(pair, Path("out"), "--num-steps", "2")]) == 0
     out = capsys.readouterr().out
-    assert rendered == [("data/demo", 7)] and "source, target BN" in out
+    assert rendered == [("data/demo/7", 7)] and "source, target BN" in out
     first, _, second = out.partition("--- adapted")
     assert "none, random weights" in first and "tensors loaded (100.0 % of the backbone)" in second
     assert (folder / "out/adapted/GTA5_1.pth").exists() and (folder / "result/demo/pixel_assoc.png").exists()

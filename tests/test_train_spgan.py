@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import execute, logged, message, same, torchrun
+from scripts import execute, logged, message, same
 
 import train_spgan as script
 from lib import checkpoint
@@ -75,21 +75,6 @@ def test_resume(root, tmp_path, monkeypatch, method):
     assert {f"{n}_net_{net}.pth" for n in ("latest", 3) for net in ("G_A", "G_B", "D_A", "D_B")} <= names
     with pytest.raises(UserError, match="another run than the one saved: --lambda.A"):
         script.main([*parts, "--resume", "--lambda_A", "3"])
-
-
-def test_two_processes_equal_one(root, tmp_path):
-    """Pools, dropout masks, gradients: two processes with one pair each are one process with two pairs."""
-    more = ["--method", "spgan", "--pool_size", "1", "--n_epochs", "3", "--n_epochs_decay", "0"]
-    execute("train_spgan.py", *flags(root, tmp_path / "one", *more, "--batch-size", "2"))
-    torchrun("train_spgan.py", *flags(root, tmp_path / "two", *more, "--batch-size", "1"))
-    one, two = (logged(tmp_path / run, "G") for run in ("one", "two"))
-    assert len(one) == len(two) == 6
-    for a, b in zip(one, two, strict=True):
-        for key in a:
-            assert a[key] == pytest.approx(b[key], rel=1e-4), key
-    a, b = (checkpoint.load(tmp_path / run / "resume.pth") for run in ("one", "two"))
-    for held_a, held_b in zip(a["extra"]["pool_a"]["held"], b["extra"]["pool_a"]["held"], strict=True):
-        assert held_a.shape == held_b.shape and (held_a - held_b).abs().max() < 1e-3
 
 
 def test_mixed_precision(root, tmp_path):

@@ -4,6 +4,7 @@ A new trainer is one entry of TRAINERS. The networks are those of interrupted.py
 """
 import importlib
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from scripts import (
     HEIGHT,
     ROOT,
     WIDTH,
+    assert_same_tree,
     execute_alone,
     in_two_processes,
     interrupted,
     logged,
-    same,
     torchrun,
     training,
     tree,
@@ -34,7 +35,6 @@ from scripts import (
 from lib import checkpoint
 from lib.datasets.description import load_description
 from lib.demo.persons import render_persons
-from lib.flags import FREE_ARGUMENTS
 from lib.models.deeplab import build
 
 
@@ -121,13 +121,14 @@ def ecn(i: Inputs, folder: Path) -> list[str]:
 
 class Trainer(NamedTuple):
     """arguments: of a run of six iterations that saves itself after every second. alike: flags (from Inputs) with
-    which two processes compute what one does with twice the batch, to the relative tolerance. rounded: logged values
-    that an argmax decides, and so rounding; their sums over processes have tests of their own.
+    which two processes compute what one does with twice the batch, to the relative tolerance; None where the script's
+    own tests compare more than losses. rounded: logged values that an argmax decides, and so rounding; their sums over
+    processes have tests of their own.
     """
 
     arguments: Callable[[Inputs, Path], list[str]]
-    alike: Callable[[Inputs], list[str]]
-    tolerance: float
+    alike: Callable[[Inputs], list[str]] | None
+    tolerance: float = 1e-4
     rounded: frozenset = frozenset()
     whole: Callable[[Inputs], list[str]] = lambda i: []  # flags for networks that were not shrunk
     moments: tuple[str, ...] = ("step:2", "write resume.pth:2", "log:5")
@@ -144,17 +145,18 @@ TRAINERS = {
         moments=("step:2", "write best.pth:1", "rename resume.pth:1", "log:5", "write GTA5_4.pth:1",
                  "write resume.pth:2", "rename resume.pth:2")),
     "train_pixel_assoc": Trainer(
-        pixel_assoc, lambda i: [*uneven(i), "--lambda-lovasz", "0", "--freeze-bn"], 1e-5, rounded=ASSOCIATED),
+        pixel_assoc, lambda i: [*uneven(i), "--lambda-lovasz", "0", "--lambda-asso", "0", "--freeze-bn"], 1e-5,
+        rounded=ASSOCIATED),
     "train_gan_da": Trainer(
         gan, lambda i: [*uneven(i), "--dropout", "0", "--reduction", "mean", "--optimizer", "SGD"], 1e-4),
     "train_cbst": Trainer(
-        cbst, lambda i: ["--restore-from", i.start("real"), "--learning-rate", "1e-6", "--batch-size", "1"], 1e-4,
+        cbst, None,
         whole=lambda i: ["--restore-from", i.start("real"), "--learning-rate", "1e-6"],
         moments=("score:2", "count:4", "refine:3", "label:3", "rename report.json:1", "step:3", "write weights.pth:1",
                  "rename 0:1", "rename resume.pth:5", "label:6", "step:6")),
     "train_munit": Trainer(munit, lambda i: ["--max-iter", "2"], 1e-3),
-    "train_spgan": Trainer(spgan, lambda i: ["--pool_size", "1"], 1e-4),
-    "train_ecn": Trainer(ecn, lambda i: ["-b", "2", "--dropout", "0", "--bn", "fixed", "--num-steps", "3"], 1e-4),
+    "train_spgan": Trainer(spgan, None),
+    "train_ecn": Trainer(ecn, None),
 }
 each_trainer = pytest.mark.parametrize("name", TRAINERS)
 
@@ -182,13 +184,6 @@ def undisturbed(inputs, tmp_path_factory):
     return get
 
 
-def assert_same_end(folder: Path, undisturbed: dict[str, object]) -> None:
-    ours = tree(folder)
-    assert ours.keys() == undisturbed.keys()
-    for name, content in undisturbed.items():
-        assert same(ours[name], content), name
-
-
 def saved_iteration(folder: Path) -> int:
     return checkpoint.load(folder / "resume.pth")["iteration"] if (folder / "resume.pth").exists() else 0
 
@@ -198,7 +193,7 @@ def test_script_and_lib_alone_in_an_empty_folder(name, inputs, folder):
     trainer = TRAINERS[name]
     out = execute_alone(f"{name}.py", folder, *trainer.arguments(inputs, Path("out")), *trainer.whole(inputs),
                         "--ops", "auto")
-    assert "kernels     reference" in out and saved_iteration(folder / "elsewhere/out")
+    assert re.search(r"kernels +reference", out) and saved_iteration(folder / "elsewhere/out")
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
@@ -213,7 +208,7 @@ def test_sigkill_and_resume_end_as_if_nothing_had_happened(name, moment, inputs,
     out = interrupted(name, *arguments, "--resume")
     assert (f"resumed at iteration {saved}" if saved else "starting at the beginning") in out or name == "train_cbst"
     assert exists or "starting at the beginning" in out
-    assert_same_end(folder, undisturbed(name))
+    assert_same_tree(folder, undisturbed(name))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -225,7 +220,7 @@ def test_a_signal_saves_and_leaves(name, number, inputs, undisturbed, folder):
     assert f"stopped at iteration 3; --resume goes on from {folder / 'resume.pth'}" in out and "Traceback" not in out
     assert saved_iteration(folder) == 3
     assert "Traceback" not in interrupted(name, *arguments, "--resume")
-    assert_same_end(folder, undisturbed(name))
+    assert_same_tree(folder, undisturbed(name))
 
 
 @each_trainer
@@ -234,17 +229,17 @@ def test_what_resume_refuses(name, inputs, undisturbed, folder):
     arguments = TRAINERS[name].arguments(inputs, folder)
     interrupted(name, *arguments)
     interrupted(name, *arguments, "--resume")
-    assert_same_end(folder, undisturbed(name))
+    assert_same_tree(folder, undisturbed(name))
     out = interrupted(name, *arguments, "--resume", "--random-seed", "7", code=2)
     assert "--random-seed was " in out and "is 7" in out and "Traceback" not in out
     assert "holds an earlier run: go on with it (--resume)" in interrupted(name, *arguments, code=2)
-    assert_same_end(folder, undisturbed(name))
+    assert_same_tree(folder, undisturbed(name))
 
 
 @each_trainer
 def test_a_loss_that_is_not_finite_stops_the_run(name, inputs, folder):
     out = interrupted(name, *TRAINERS[name].arguments(inputs, folder), at="nan:3", code=2)
-    assert f"{'interrupted.py'}: iteration 3: " in out and " is nan for the images " in out and "Traceback" not in out
+    assert "interrupted.py: iteration 3: " in out and " is nan for the images " in out and "Traceback" not in out
     assert "Last good checkpoint: " in out and saved_iteration(folder) == 2
 
 
@@ -269,13 +264,13 @@ def test_flags_that_make_no_sense(name, inputs, folder, capsys):
 def test_every_argument_is_stored(name, inputs, folder):
     """resume.pth can tell any two runs apart."""
     args = vars(importlib.import_module(name).parse_args(TRAINERS[name].arguments(inputs, folder)))
-    assert json.dumps(args) and not FREE_ARGUMENTS - args.keys()
+    assert json.loads(json.dumps(args)).keys() == args.keys()
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-@each_trainer
+@pytest.mark.parametrize("name", [name for name, trainer in TRAINERS.items() if trainer.alike])
 def test_two_processes_compute_what_one_does_with_the_whole_batch(name, inputs, folder):
     trainer = TRAINERS[name]
     flags = trainer.alike(inputs)
@@ -289,8 +284,8 @@ def test_two_processes_compute_what_one_does_with_the_whole_batch(name, inputs, 
     else:
         out = in_two_processes(f"{name}.py", *arguments, *flags)
     assert out.count("device ") == 1
-    ours, theirs = logged(folder / "two"), logged(folder / "one")
-    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    ours, theirs = (logged(folder / d, "lr") for d in ("two", "one"))  # no scores: an argmax decides them
+    assert ours and [line.keys() for line in ours] == [line.keys() for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         for key in a.keys() - trainer.rounded:
             assert a[key] == pytest.approx(b[key], rel=trainer.tolerance), (a["iteration"], key)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import fill, load_reference
 from PIL import Image
-from scripts import execute, message, render, torchrun
+from scripts import execute, in_two_processes, message, render, training
 from test_train_spgan import picture
 
+import train_adaptsegnet
 import translate as script
 from lib import checkpoint
 from lib.datasets.description import Domain, load_description, select_classes
@@ -125,18 +126,27 @@ def test_resume(photos, files, tmp_path, monkeypatch):
     assert len(made) == 1
     for name in ("a/1.png", "a/2.png", "3.png"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    with pytest.raises(UserError, match="pictures of another call: seed was 10, is 11"):
+    with pytest.raises(UserError, match="pictures of the same names, .*: seed was 10, is 11"):
         script.main([*argv, str(tmp_path / "parts"), "--seed", "11"])
     made.clear()
     monkeypatch.setattr(script, "translate_file", original)
     script.main([*argv, str(tmp_path / "parts"), "--seed", "11", "--overwrite"])
     assert (tmp_path / "parts/3.png").read_bytes() != (tmp_path / "whole/3.png").read_bytes()
+    mine = tmp_path / "mine"
+    (mine / "a").mkdir(parents=True)
+    for name in ("3.png", "other.png"):
+        shutil.copy(photos / "3.png", mine / name)
+    with pytest.raises(UserError, match="3.png among them: they were not written by this script"):
+        script.main([*argv, str(mine)])
+    script.main([*argv, str(mine), "--overwrite"])
+    assert (mine / "3.png").read_bytes() == (tmp_path / "whole/3.png").read_bytes()
+    assert (mine / "other.png").read_bytes() == (photos / "3.png").read_bytes()
 
 
 def test_two_processes_write_the_files_of_one(photos, files, tmp_path):
     argv = ["--checkpoint", str(files / "munit.pt"), "--images", str(photos), "--cpu", "--num-style", "2", "--out"]
     execute("translate.py", *argv, str(tmp_path / "one"))
-    torchrun("translate.py", *argv, str(tmp_path / "two"))
+    in_two_processes("translate.py", *argv, str(tmp_path / "two"))
     one, two = ({p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.png")}
                 for folder in (tmp_path / "one", tmp_path / "two"))
     assert one == two and len(one) == 6
@@ -164,6 +174,16 @@ def test_a_data_set(files, tmp_path):
     again = load_description(tmp_path / "data/city_dusk.json")
     assert len(Domain.open(again, default_set="val").list_images()) == 2
     assert len(Domain.open(again, default_set="train").list_images()) == 4
+
+
+def test_a_trainer_takes_the_description(files, tmp_path):
+    pair = render(tmp_path / "pair")
+    script.main(["--checkpoint", str(files / "unit.pt"), "--source", "gta5", "--data-dir", str(pair / "gta5"), "--out",
+                 str(tmp_path / "gta5_demo"), "--cpu"])
+    argv = training(pair, tmp_path / "run", "--source", str(tmp_path / "gta5_demo.json"), "--num-steps", "1")
+    at = argv.index("--data-dir")
+    assert train_adaptsegnet.main(argv[:at] + argv[at + 2:]) == 0
+    assert (tmp_path / "run/GTA5_1.pth").exists()
 
 
 def test_a_jpeg_data_set(files, tmp_path):

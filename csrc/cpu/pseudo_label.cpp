@@ -58,6 +58,12 @@ bool argmax_block(int64_t classes, int64_t n, const Value& value, uint8_t* label
   return !check || std::all_of(poison, poison + n, [](T p) { return p == T(0); });
 }
 
+inline vi load_indices(const int32_t* p) {
+  vi v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 // One image [C, h, w] seen at size H x W, a row at a time. Equal sizes are read in place; otherwise the two source rows
 // around the current row are kept at full width, so that a row costs one vertical interpolation. S: stored type, T:
 // arithmetic.
@@ -154,7 +160,7 @@ class Upsampler {
     held_[slot] = y;
     const int32_t *i0 = columns_.i0.data(), *i1 = columns_.i1.data();
     const T *w0 = columns_.w0.data(), *w1 = columns_.w1.data();
-    std::vector<T> source(w_);
+    std::vector<T> source(w_ + kLanes);
     for (int64_t c = 0; c < classes_; ++c) {
       const S* x = x_ + (c * h_ + y) * w_;
       for (int64_t j = 0; j < w_; ++j) {
@@ -162,7 +168,18 @@ class Upsampler {
         poison_ = fused(source[j], T(0), poison_);
       }
       T* out = buffer_[slot].data() + c * stride_;
-      for (int64_t j = 0; j < W_; ++j) out[j] = fused(source[i0[j]], w0[j], source[i1[j]] * w1[j]);
+      int64_t j = 0;
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<T, float>) {  // sixteen neighbours need no more than sixteen source pixels
+        for (; j + kLanes <= W_ && i1[j + kLanes - 1] - i0[j] < kLanes; j += kLanes) {
+          const __m512 pixels = (__m512)load(source.data() + i0[j]);
+          const vf a = (vf)_mm512_permutexvar_ps((__m512i)(load_indices(i0 + j) - i0[j]), pixels);
+          const vf b = (vf)_mm512_permutexvar_ps((__m512i)(load_indices(i1 + j) - i0[j]), pixels);
+          store(out + j, fused(a, load(w0 + j), b * load(w1 + j)));
+        }
+      }
+#endif
+      for (; j < W_; ++j) out[j] = fused(source[i0[j]], w0[j], source[i1[j]] * w1[j]);
       if (mirror_) std::reverse(out, out + W_);
     }
   }

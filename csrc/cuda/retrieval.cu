@@ -230,9 +230,9 @@ std::tuple<Tensor, Tensor, Tensor> rank_counts(const Tensor& query, const Tensor
     const Listed listed{starts.const_data_ptr<int64_t>(),  items.const_data_ptr<int64_t>(),
                         d.const_data_ptr<double>(),        nearer.mutable_data_ptr<int64_t>(),
                         equal.mutable_data_ptr<int64_t>(), earlier.mutable_data_ptr<int64_t>()};
+    const double* errors_of_rows = error.const_data_ptr<double>();
     for_each_tile(q, g, [&](const Tile<scalar_t>& tile) {
-      count_kernel<scalar_t>
-          <<<tile.rows, kThreads, 0, stream>>>(tile, q.view(), g.view(), listed, error.const_data_ptr<double>());
+      count_kernel<scalar_t><<<tile.rows, kThreads, 0, stream>>>(tile, q.view(), g.view(), listed, errors_of_rows);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
     const auto left_d = pairs(q, g, rows_of(left_starts, left_items.size(0)), left_items);

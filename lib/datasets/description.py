@@ -283,7 +283,7 @@ class Domain:
         Raises UserError for a list that cannot be used and listed images that do not exist, and its subclass
         MissingSet for a missing folder, a set that the description cannot tell apart, and no image at all.
         """
-        d = self.description
+        d, shown = self.description, f"the set '{shorten(self.set)}' of '{self.name}'"
         if not os.path.isdir(self.root):
             raise MissingSet(f"{shorten(self.root)}: no such folder; it should hold the data set '{d.name}' "
                              f"({d.images})")
@@ -292,19 +292,18 @@ class Domain:
             list_file = self.root / d.list.format(set=self.set)
             if not os.path.isfile(list_file):
                 if "{set}" not in d.images:
-                    raise MissingSet(f"{list_file}: no such list; it should name the images of the set '{self.set}' "
-                                     f"of '{d.name}'")
+                    raise MissingSet(f"{shorten(list_file)}: no such list; it should name the images of {shown}")
                 list_file = None
         elif list_file is None and "{set}" not in d.images and self.set not in d.sets.values():
-            raise MissingSet(f"'{d.name}' has no set '{self.set}' (it has: {', '.join(sorted(set(d.sets.values())))}); "
-                             "give a list file to choose images")
+            raise MissingSet(f"'{d.name}' has no set '{shorten(self.set)}' (it has: "
+                             f"{', '.join(sorted(set(d.sets.values())))}); give a list file to choose images")
         if list_file is not None:
             start = re.split(r"{(?!set})", d.images)[0].replace("{set}", self.set)
             return listed_pictures(list_file, [self.root / start[:start.rfind("/") + 1], self.root])
         pattern = pattern_glob(d.images, self.set)
         found = sorted(glob.iglob(pattern, root_dir=self.root), key=lambda path: path.split("/"))
         if not found:
-            raise MissingSet(f"{self.root}: no image of the set '{self.set}' of '{d.name}' (looked for {pattern})")
+            raise MissingSet(f"{self.root}: no image of {shown} (looked for {shorten(pattern)})")
         return [self.root / path for path in found]
 
     def label_paths(self, images: Sequence[Path]) -> list[Path]:

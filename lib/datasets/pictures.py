@@ -3,6 +3,7 @@
 No torch here: scoring must start fast.
 """
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lib.files import missing_files, read_lines
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 1 << 27  # of one file, such as 16384 x 8192; larger ones are refused before they are decompressed
 ORIENTATION = 0x0112  # EXIF tag
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image has a limit of its own
 
 
 def find_pictures(folder: str | Path, list_file: str | Path | None = None) -> list[Path]:

@@ -2,7 +2,7 @@
 
 Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and Fully
 Connected CRFs" (TPAMI 2018), in the forms that Tsai et al. (CVPR 2018) released for ResNet-101 and VGG-16 and Kang et
-al. (NeurIPS 2020) for ResNet-101.
+al. (NeurIPS 2020) for ResNet-101. MobileNetV2 is an addition, for small machines.
 """
 from __future__ import annotations
 
@@ -64,11 +64,37 @@ class Bottleneck(nn.Module):
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-ARCHITECTURES = {
+RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
+# (expansion, channels, blocks, stride on ImageNet) of each stage of MobileNetV2: table 2 of its paper
+MOBILENET_V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+                (6, 320, 1, 1))
+ARCHITECTURES = (*RESNETS, "mobilenet_v2")
+
+
+class InvertedResidual(nn.Module):
+    """1x1 to more channels, 3x3 on each of them, 1x1 back without an activation (MobileNetV2)."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int, dilation: int, expansion: int):
+        super().__init__()
+        wide = inplanes * expansion
+        expand = [_conv_bn_relu6(inplanes, wide, 1)] if expansion > 1 else []
+        self.conv = nn.Sequential(*expand, _conv_bn_relu6(wide, wide, 3, stride, dilation, groups=wide),
+                                  nn.Conv2d(wide, planes, 1, bias=False), nn.BatchNorm2d(planes))
+        self.adds = stride == 1 and inplanes == planes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.adds else self.conv(x)
+
+
+def _conv_bn_relu6(inplanes: int, planes: int, kernel: int, stride: int = 1, dilation: int = 1,
+                   groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inplanes, planes, kernel, stride, kernel // 2 * dilation, dilation, groups, bias=False),
+        nn.BatchNorm2d(planes), nn.ReLU6(inplace=True))
 
 
 class ASPP(nn.Module):
@@ -99,12 +125,27 @@ def _init_released(net: nn.Module) -> None:
             nn.init.normal_(module.weight, 0, 0.01)
 
 
-class DilatedResNet(nn.Module):
-    """ResNet at output stride 8: layer3 and layer4 keep their resolution with dilation 2 and 4 in every block."""
+class Backbone(nn.Module):
+    """A network of ImageNet at output stride 8, with torchvision's names: ``arch`` is one of ARCHITECTURES.
+
+    ResNet: layer3 and layer4 keep their resolution with dilation 2 and 4 in every block.
+
+    MobileNetV2 (Sandler et al., CVPR 2018): the strides of the stages of 64 and 160 channels are left out, and what
+    follows each is dilated by 2 more, so that every 2nd and 4th pixel is exactly what ImageNet's network computes.
+    The last convolution, to 1280 channels, is left out too: the paper (section 6.3) finds a DeepLab head on the 320
+    channels before it as good, for a fraction of the work.
+    """
 
     def __init__(self, arch: str = "resnet101", stride_on: str = "1x1"):
         super().__init__()
-        block, depths = ARCHITECTURES[arch]
+        self.arch = arch
+        if arch == "mobilenet_v2":
+            self._add_mobilenet_v2()
+        else:
+            self._add_resnet(arch, stride_on)
+
+    def _add_resnet(self, arch: str, stride_on: str) -> None:
+        block, depths = RESNETS[arch]
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -123,48 +164,78 @@ class DilatedResNet(nn.Module):
                 blocks.append(block(inplanes, planes, stride if j == 0 else 1, dilation, downsample, stride_on))
                 inplanes = planes * block.expansion
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.channels = (inplanes // 2, inplanes)  # of layer3, layer4
+        self.channels = (inplanes // 4, inplanes // 2, inplanes)  # of layer2, layer3, layer4
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, 3, H, W] -> layer3 [N, C/2, h, w], layer4 [N, C, h, w] at stride 8."""
+    def _add_mobilenet_v2(self) -> None:
+        layers = [_conv_bn_relu6(3, 32, 3, 2)]
+        ends = {}  # channels of a stage: the layer it ends with
+        inplanes, output_stride, dilation = 32, 2, 1
+        for expansion, planes, depth, stride in MOBILENET_V2:
+            for n in range(depth):
+                stride = stride if n == 0 else 1
+                dilates = output_stride * stride > 8
+                layers.append(InvertedResidual(inplanes, planes, 1 if dilates else stride, dilation, expansion))
+                if dilates:
+                    dilation *= stride
+                else:
+                    output_stride *= stride
+                inplanes = planes
+            ends[planes] = len(layers) - 1
+        self.features = nn.Sequential(*layers)
+        self.channels = (32, 96, 320)
+        self.ends = [ends[planes] for planes in self.channels]
+
+    def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, 3, H, W] -> three stages, each [N, channels, h, w] at stride 8: a ResNet's layer2, layer3, layer4."""
+        if self.arch == "mobilenet_v2":
+            found = []
+            for n, layer in enumerate(self.features):
+                x = layer(x)
+                if n in self.ends:
+                    found.append(x)
+            return tuple(found)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        layer3 = self.layer3(self.layer2(self.layer1(x)))
-        return layer3, self.layer4(layer3)
+        layer2 = self.layer2(self.layer1(x))
+        layer3 = self.layer3(layer2)
+        return layer2, layer3, self.layer4(layer3)
 
 
-class DeeplabMulti(DilatedResNet):
-    """Two-level DeepLab-v2: head ``layer5`` on layer3 (auxiliary), ``layer6`` on layer4 (main)."""
+class DeeplabMulti(Backbone):
+    """Two-level DeepLab-v2: head ``layer5`` on layer3 (auxiliary), ``layer6`` on layer4 (main).
+
+    On MobileNetV2 these are the stages of 96 and of 320 channels.
+    """
 
     head_names = ("layer5", "layer6")
 
     def __init__(self, num_classes: int, arch: str = "resnet101", aspp: str = "released", stride_on: str = "1x1"):
         super().__init__(arch, stride_on)
-        self.layer5 = ASPP(self.channels[0], num_classes, _branches(aspp))
-        self.layer6 = ASPP(self.channels[1], num_classes, _branches(aspp))
+        self.layer5 = ASPP(self.channels[1], num_classes, _branches(aspp))
+        self.layer6 = ASPP(self.channels[2], num_classes, _branches(aspp))
         _init_released(self)
         set_bn_affine(self, False)
 
     def forward(self, x: Tensor, return_features: bool = False) -> tuple[Tensor, ...]:
         """x [N, 3, H, W] -> logits (auxiliary, main), each [N, classes, h, w]; with features: (layer4, aux, main)."""
-        layer3, layer4 = self.features(x)
+        _, layer3, layer4 = self.stages(x)
         logits = self.layer5(layer3), self.layer6(layer4)
         return (layer4, *logits) if return_features else logits
 
 
-class Deeplab(DilatedResNet):
+class Deeplab(Backbone):
     """Single-level DeepLab-v2: head ``layer5`` on layer4."""
 
     head_names = ("layer5",)
 
     def __init__(self, num_classes: int, arch: str = "resnet101", aspp: str = "released", stride_on: str = "1x1"):
         super().__init__(arch, stride_on)
-        self.layer5 = ASPP(self.channels[1], num_classes, _branches(aspp))
+        self.layer5 = ASPP(self.channels[2], num_classes, _branches(aspp))
         _init_released(self)
         set_bn_affine(self, False)
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, 3, H, W] -> logits [N, classes, h, w]; with features: (layer4, logits)."""
-        layer4 = self.features(x)[1]
+        layer4 = self.stages(x)[2]
         logits = self.layer5(layer4)
         return (layer4, logits) if return_features else logits
 
@@ -222,13 +293,13 @@ class DeeplabPixelAssoc(nn.Module):
 
     def __init__(self, num_classes: int, arch: str = "resnet101", stride_on: str = "1x1"):
         super().__init__()
-        self.backbone = DilatedResNet(arch, stride_on)
-        self.classifier = nn.Sequential(SummedConvs(self.backbone.channels[1], num_classes))
+        self.backbone = Backbone(arch, stride_on)
+        self.classifier = nn.Sequential(SummedConvs(self.backbone.channels[2], num_classes))
         _init_released(self)
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """x [N, 3, H, W] -> logits [N, classes, h, w]; with features: (layer4, logits)."""
-        layer4 = self.backbone.features(x)[1]
+        layer4 = self.backbone.stages(x)[2]
         logits = self.classifier(layer4)
         return (layer4, logits) if return_features else logits
 
@@ -239,7 +310,7 @@ MODELS = {"DeeplabMulti": DeeplabMulti, "Deeplab": Deeplab, "DeeplabVGG": Deepla
 
 def build(model: str, num_classes: int, arch: str = "resnet101", aspp: str = "released",
           stride_on: str = "1x1") -> nn.Module:
-    """The network called ``model`` in MODELS; ``arch`` and ``stride_on`` concern the ResNets only.
+    """The network called ``model`` in MODELS; ``arch`` does not concern DeeplabVGG, ``stride_on`` only ResNets.
 
     DeeplabPixelAssoc has one head, of four rates, whatever ``aspp`` says. Raises UserError for what a checkpoint or a
     flag may name that is none of these networks.

@@ -27,6 +27,7 @@ class FCN8s(nn.Module):
     """
 
     head_names = ("score_fr", "score_pool3", "score_pool4", "upscore2", "upscore8", "upscore_pool4")
+    not_pretrained = ("fc6", "fc7")  # files of VGG-16's convolutions alone do not have them
 
     def __init__(self, num_classes: int, width: float = 1.0, padding: str = "released", dropout: float = 0.5,
                  image_std: float = 64.0):
@@ -105,10 +106,13 @@ def bilinear(kernel: int, channels: int) -> Tensor:
 
 
 def from_vgg16(state: dict[str, Tensor], convolutions: Sequence[tuple] = CONVOLUTIONS) -> dict[str, Tensor]:
-    """torchvision's VGG-16 under our names: features.* in their order, fc6 and fc7 from the first two linear layers."""
+    """torchvision's VGG-16 under our names: features.* in their order, fc6 and fc7 from the first two linear layers,
+    where these are there."""
     numbers = sorted({int(key.split(".")[1]) for key in state if key.startswith("features.")})
     renamed = {f"{name}.{kind}": state[f"features.{number}.{kind}"]
                for (name, *_), number in zip(convolutions, numbers, strict=True) for kind in ("weight", "bias")}
+    if "classifier.0.weight" not in state:
+        return renamed
     fc6, fc7 = state["classifier.0.weight"], state["classifier.3.weight"]
     return {**renamed, "fc6.weight": fc6.view(len(fc6), -1, 7, 7), "fc6.bias": state["classifier.0.bias"],
             "fc7.weight": fc7.view(*fc7.shape, 1, 1), "fc7.bias": state["classifier.3.bias"]}

@@ -20,7 +20,8 @@ class CycleAssociation(NamedTuple):
     back: Tensor      # [B, N1] int64
 
 
-_PANEL_BYTES = 4 << 20   # of one row panel of a similarity matrix: it stays in the cache
+_PANEL_BYTES = 4 << 20       # of one row panel of a similarity matrix: it stays in a processor's cache
+_GPU_PANEL_BYTES = 64 << 20  # a GPU wants few launches and many values in each
 _EPS = 1e-10             # the paper's code, inside logarithms
 
 
@@ -406,8 +407,9 @@ def _rows(image: Tensor) -> Tensor:
 
 
 def _slices(n: int, width: int, like: Tensor):
-    """Slices of n rows of this width that hold about _PANEL_BYTES, as even as possible."""
-    count = max(1, -(-n * width * like.element_size() // _PANEL_BYTES))
+    """Slices of n rows of this width that hold about the bytes of a panel on like's device, as even as possible."""
+    budget = _PANEL_BYTES if like.device.type == "cpu" else _GPU_PANEL_BYTES
+    count = max(1, -(-n * width * like.element_size() // budget))
     rows = -(-n // count)
     return [slice(i, min(i + rows, n)) for i in range(0, n, max(rows, 1))]
 

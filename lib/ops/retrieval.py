@@ -5,6 +5,7 @@ sums in one fixed order, so that every implementation gives the same ranks and l
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ def rank_counts(query: Tensor, gallery: Tensor, listed: Lists, left_out: Lists |
     Raises ValueError for wrong shapes, dtypes or lists and for values that are not finite.
     """
     query, gallery, (listed, left_out) = _checked(query, gallery, listed, left_out)
-    return Ranks(*_rank_counts(query, gallery, *listed, *left_out))
+    with _float32_products(query.device):
+        return Ranks(*_rank_counts(query, gallery, *listed, *left_out))
 
 
 def topk_pairs(x: Tensor, y: Tensor, k: int, left_out: Lists | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +76,8 @@ def topk_pairs(x: Tensor, y: Tensor, k: int, left_out: Lists | None = None) -> t
     x, y, (left_out,) = _checked(x, y, left_out)
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    return _topk_pairs(x, y, k, *left_out)
+    with _float32_products(x.device):
+        return _topk_pairs(x, y, k, *left_out)
 
 
 def pair_distances(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -98,15 +101,17 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
 
 def row_rank_counts(distance: Tensor, listed: Lists, left_out: Lists) -> Ranks:
     """rank_counts of a given matrix of distances [Q, N], as it is (it may not hold NaN)."""
+    listed, left_out = (Lists(*(t.to(distance.device) for t in given)) for given in (listed, left_out))
     nearer, equal, earlier = (torch.zeros_like(listed.item) for _ in range(3))
     position = torch.arange(distance.shape[1], device=distance.device)
+    starts, left_starts = listed.start.tolist(), left_out.start.tolist()
     for i, row in enumerate(distance):
-        mine = slice(int(listed.start[i]), int(listed.start[i + 1]))
+        mine = slice(starts[i], starts[i + 1])
         item = listed.item[mine]
         if not len(item):
             continue
         row = row.clone()
-        row[left_out.item[left_out.start[i]:left_out.start[i + 1]]] = torch.inf
+        row[left_out.item[left_starts[i]:left_starts[i + 1]]] = torch.inf
         own = row[item, None]
         same = row == own
         nearer[mine] = (row < own).sum(1)
@@ -125,8 +130,8 @@ def _rank_counts(query, gallery, start, item, left_start, left_item):
         mine = listed.of(at)
         row = torch.repeat_interleave(torch.arange(len(d), device=d.device), mine.start.diff())
         own = _pair_distances.reference(query[at], gallery, row, mine.item)
-        for r, value in zip(row.tolist(), own, strict=True):
-            close = ((d[r] - value).abs() <= margin[r]).nonzero()[:, 0]
+        for r, value in enumerate(own.split(mine.start.diff().tolist())):
+            close = ((d[r] - value[:, None]).abs() <= margin[r]).any(0).nonzero()[:, 0]
             d[r, close] = _pair_distances.reference(query[at], gallery, torch.full_like(close, r), close)
         parts.append(row_rank_counts(d, mine, left_out.of(at)))
     if not parts:
@@ -194,6 +199,26 @@ def _distance_panels(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor, Tens
     for begin in range(0, len(x), rows):
         at = slice(begin, min(begin + rows, len(x)))
         yield at, distances(x[at], y), unit * (x[at].double().square().sum(1) + longest)
+
+
+@contextlib.contextmanager
+def _float32_products(device: torch.device) -> Iterator[None]:
+    """Full float32, whatever torch.set_float32_matmul_precision allows elsewhere: the bound of the tiles needs it."""
+    settings = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(settings, "fp32_precision"):  # before PyTorch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _checked(x: Tensor, y: Tensor, *lists: Lists | None) -> tuple[Tensor, Tensor, list[Lists]]:

@@ -62,8 +62,8 @@ enum class State { ready, at_warp, at_block, done };
 
 struct Fiber {
   State state;
-  int line;         // of the barrier or primitive it waits at
-  unsigned mask;    // of the lanes it waits for
+  int line;       // of the barrier or primitive it waits at
+  unsigned mask;  // of the lanes it waits for
   uint64_t offer;
   void* stack_pointer;
   char* stack = nullptr;
@@ -300,7 +300,8 @@ void run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, void (
 
 }  // namespace emulated
 
-// The order in which threads run between waits, and blocks: 0 forward, 1 reverse, 2 shuffled. No result may depend on it.
+// The order in which threads run between waits, and blocks: 0 forward, 1 reverse, 2 shuffled. No result may depend on
+// it.
 extern "C" void segadapt_emulation_order(int order, unsigned seed) {
   emulated::order = static_cast<emulated::Order>(order);
   emulated::generator.seed(seed);

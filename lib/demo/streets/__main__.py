@@ -16,6 +16,8 @@ def main() -> None:
     parser.add_argument("--counts", type=flags.count, nargs=3, default=(240, 160, 40),
                         metavar=("SOURCE", "TARGET", "VAL"), help="pictures")
     args = parser.parse_args()
+    if max(args.size) > 4096:
+        parser.error(f"--size {args.size[0]} {args.size[1]}: at most 4096 pixels")
     try:
         print(render_demo(args.out, args.seed, tuple(args.size), *args.counts))
     except UserError as error:

@@ -6,11 +6,10 @@
 // left, threads at different barriers, a wait that nobody ends. So does a launch that a GPU would refuse.
 // One block runs at a time, so __shared__ is static memory; atomics need no more than plain additions.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <tuple>
-
-#include <cmath>
 
 #define __global__
 #define __device__
@@ -40,8 +39,8 @@ extern Place place;
 void run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* arguments);
 void wait_for_block(int line);
 void wait_for_warp(unsigned mask, int line);
-uint64_t& offered();                  // what the running lane shows its warp
-uint64_t offered_by(unsigned lane);   // of the same warp
+uint64_t& offered();                 // what the running lane shows its warp
+uint64_t offered_by(unsigned lane);  // of the same warp
 [[noreturn]] void fail(const char* what);
 
 template <class Kernel>
