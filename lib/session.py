@@ -170,7 +170,8 @@ class Session:
         require_finite_weights(self.modules.values(), done, names, self.last_good)
         self.log.advance()
         if self.is_due(self.args.log_every):
-            self.log.losses(done, {**means, **values})
+            counters = {key: value for key, value in values.items() if isinstance(value, int)}
+            self.log.losses(done, {**counters, **means, **{k: v for k, v in values.items() if k not in counters}})
         if self.validation is not None and self.is_due(self.args.eval_every):
             self._validate(done)
 

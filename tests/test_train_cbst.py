@@ -189,7 +189,7 @@ def test_what_a_run_writes_and_prints(place, folder):
     for fact in ("kernels     reference", "108 tensors loaded", "Deeplab resnet18, 14 classes, ASPP full",
                  "weights frozen, statistics frozen", "5 images of gta5, 2 in round 0", "4 images of demo to label",
                  "one per class (conf)", "hard labels", "threshold  predicted %  labelled %    IoU",
-                 "iter =        1/       3, loss_seg = ", f"last {report(folder, 1)['mIoU']:.2f}"):
+                 "iter =        1/       3, round = 0 loss_seg = ", f"last {report(folder, 1)['mIoU']:.2f}"):
         assert fact in done.stdout, fact
 
     labels = folder / "0/pseudo_labels.json"
