@@ -566,7 +566,7 @@ def train(args: argparse.Namespace) -> Session:
         max_pictures=args.save_num_images)
     with Session(run, args, folder, modules, optimizers.values(), scaler=scaler, meta=meta_of,
                  prefix=f"{source.name.upper()}_", validation=validation, free={"num_steps"}) as session:
-        fcn8s = f" of width {args.width:g}, padding {args.padding}" if args.base == "fcn8s" else ""
+        fcn8s = f", width {args.width:g}, padding {args.padding}" if args.base == "fcn8s" else ""
         low_memory = ", low memory" if args.low_memory else ""
         session.header({
             "weights": loaded, "networks": f"{args.base} {backbone}, {classes} classes{fcn8s}",

@@ -92,8 +92,10 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setenv("SEGADAPT_OPS", "reference")
     before, threads = ops.use("reference"), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     yield
+    torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
     ops.use(before)
 

@@ -100,6 +100,14 @@ def tree(folder: Path) -> dict[str, object]:
     return found
 
 
+def assert_same_tree(folder: Path, theirs: dict[str, object]) -> None:
+    """theirs: the tree of a run that nothing disturbed."""
+    ours = tree(folder)
+    assert ours.keys() == theirs.keys()
+    for name, content in theirs.items():
+        assert same(ours[name], content), name
+
+
 def with_voids(pair: Path, copy: Path) -> Path:
     """A copy of a rendered pair whose source labels hold different shares of void, so that batches split unevenly."""
     shutil.copytree(pair, copy)

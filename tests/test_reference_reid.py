@@ -1,6 +1,7 @@
 """Networks, memory, training, files and draws of reid.*, with the script's own functions, in float64."""
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,10 @@ def weights(keys) -> dict:
     return _filled(json.dumps(keys))
 
 
-def network(keys, layout, arch: str) -> nn.Module:
-    """The reference's network with its weights; sizes are those of the keys."""
+def network(keys, layout) -> nn.Module:
+    """The reference's network with its weights; depth and sizes are those of the keys."""
     shapes = {key: shape for key, shape in keys}
+    arch = "resnet50" if any(key.endswith("layer1.0.conv3.weight") for key in shapes) else "resnet18"
     head, classifier = ("feat.weight", "classifier.weight") if layout is reid.IDNet else \
         ("model.fc.0.weight", "classifier.0.weight")
     with torch.device("meta"):
@@ -89,7 +91,7 @@ def random_memory(rows: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("arch", INFO["networks"])
 def test_network(arch):
     expected, x = INFO["networks"][arch], images("net_input")
-    net = network(expected["keys"], reid.IDNet, arch).eval()
+    net = network(expected["keys"], reid.IDNet).eval()
     outputs = {"eval_logits": net(x), "eval_tgt_feat": net(x, "target"), "eval_pool5": reid.retrieval_features(net, x)}
     assert torch.equal(outputs["eval_tgt_feat"], reid.retrieval_features(net, x, "fc"))
     reid.freeze(net)
@@ -111,7 +113,7 @@ def test_network(arch):
 
 def test_network_of_spgan():
     expected, x = INFO["spgan_reid"], images("net_input")
-    net = network(expected["keys"], reid.SPGANNet, "resnet50").eval()
+    net = network(expected["keys"], reid.SPGANNet).eval()
     with torch.no_grad():
         require_equal(net(x), "spgan_eval_logits")
         require_equal(reid.retrieval_features(net, x), "spgan_pool5")
@@ -124,7 +126,9 @@ def test_local_max_pooling():
     assert parts
     for p in parts:
         require_equal(reid.local_max_pool(maps, p), f"lmp_max_{p}", 0)
-    require_equal(reid.local_max_pool(square, 2), "lmp_caffe_kernel4x7_stride3", 0)
+    name, = (key for key in DATA.files if key.startswith("lmp_caffe_kernel"))
+    height, stride = (int(n) for n in re.fullmatch(r"lmp_caffe_kernel(\d+)x\d+_stride(\d+)", name).groups())
+    require_equal(reid.local_max_pool(square, (square.shape[2] - height) // stride + 1), name, 0)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ def test_ecn_training(case):
     info, expected = INFO["training"], INFO["training"]["results"][case]
     arch, _, name = case.partition("_")
     variant, keys, batch = info["variants"][name], INFO["networks"][arch]["keys"], info["batch"]
-    net = network(keys, reid.IDNet, arch)
+    net = network(keys, reid.IDNet)
     reid.freeze(net)
     reid.set_train_mode(net, "ecn")
     if variant["masks"]:
@@ -237,7 +241,7 @@ def test_ide_and_camstyle_training(case):
     info, expected = INFO["ide_baseline"], INFO["ide_baseline"]["results"][case]
     arch, batch = case.partition("_")[0], INFO["training"]["batch"]
     styled = case.endswith("_camstyle")
-    net = network(info["keys"][arch], reid.IDNet, arch)
+    net = network(info["keys"][arch], reid.IDNet)
     reid.set_train_mode(net, "train")
     lr = expected["iterations"][0]["lr"][1] / 0.1 ** (expected["iterations"][0]["epoch"] // HYPER["lr_drop_every"])
     optimizer = optimizer_of(net, lr, 0.1 * lr)
@@ -260,7 +264,7 @@ def test_ide_and_camstyle_training(case):
 def test_training_of_spgan():
     expected, batch = INFO["spgan_reid"], INFO["training"]["batch"]
     preset = script.PRESETS["spgan"]
-    net = network(expected["keys"], preset["layout"], "resnet50")
+    net = network(expected["keys"], preset["layout"])
     reid.set_train_mode(net, preset["bn"])
     optimizer = optimizer_of(net, preset["learning_rate"], preset["lr_trunk"])
     assert {group["base_lr"] for group in optimizer.param_groups} == set(expected["learning_rates"])

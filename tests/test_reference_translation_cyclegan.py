@@ -32,41 +32,41 @@ def close(ours: torch.Tensor | float, golden, rel: float = 1e-9) -> bool:
     return abs(torch.as_tensor(ours).item() - golden) <= rel * abs(golden)
 
 
-def filled(net: torch.nn.Module, keys, prefix: str) -> torch.nn.Module:
-    """net in float64 with the reference's weights, given under the release's names."""
+def filled(net: torch.nn.Module, keys, prefix: str, names: dict[str, str] | None = None) -> torch.nn.Module:
+    """net in float64 with the reference's weights; names: the reference's -> ours, where they differ."""
     weights = fill(keys, INFO["seed"], prefix)
     for name, checksum in {**INFO["cyclegan"]["weight_checksums"], **INFO["spgan"]["weight_checksums"]}.items():
         if name.startswith(prefix) and prefix and name.removeprefix(prefix) in weights:
             assert close(weights[name.removeprefix(prefix)], checksum, 1e-12)
-    net.double().load_state_dict({own_name(k): v for k, v in weights.items()})
+    net.double().load_state_dict({(names or {}).get(k, k): v for k, v in weights.items()})
     return net
 
 
-def own_name(key: str) -> str:
-    """SPGAN's names (ls.N) of a discriminator, a SiaNet or a generator as ours."""
-    if key.startswith(("fc", "model.")):
-        return key
-    if ".l.0." in key or key in ("ls.0.weight", "ls.0.bias") and own_name.sia:
-        return f"conv{max(1, int(key.split('.')[1]) - 1)}.{key.rpartition('.')[2]}"
-    if own_name.generator:
-        return own_name.generator[key]
-    number = int(key.split(".")[1])
-    return f"model.{[0, None, 2, 5, 8, 11][number]}.{key.rpartition('.')[2]}"
-
-
-own_name.sia, own_name.generator = False, {}
-
-
-def spgan_network(kind: str, net: torch.nn.Module, prefix: str, keys=None) -> tuple[torch.nn.Module, dict[str, str]]:
-    """(the filled network, {its own name: the reference's})."""
-    keys = keys or INFO["spgan"][f"keys_{kind}"]
-    own_name.sia = kind == "Me"
-    own_name.generator = {}
+def own_names(kind: str) -> dict[str, str]:
+    """The names (ls.N) of SPGAN's generator "G", discriminator "D" or SiaNet "Me" -> ours."""
+    keys = [k for k, _ in INFO["spgan"][f"keys_{kind}"]]
     if kind == "G":
-        numbered = {k: torch.tensor(float(n)) for n, (k, _) in enumerate(keys)}
-        own_name.generator = {keys[int(v)][0]: k for k, v in from_release(numbered).items()}
-    filled(net, keys, prefix)
-    return net, {own_name(k): prefix + k for k, _ in keys}
+        numbered = from_release({k: torch.tensor(n) for n, k in enumerate(keys)})
+        return {keys[int(n)]: k for k, n in numbered.items()}
+    places = {"D": {"0": "model.0", "2": "model.2", "3": "model.5", "4": "model.8", "5": "model.11"},
+              "Me": {"0": "conv1", "3": "conv2", "4": "conv3"}}[kind]
+    return {k: k if k.startswith("fc") else f"{places[k.split('.')[1]]}.{k.rpartition('.')[2]}" for k in keys}
+
+
+def spgan_network(kind: str, net: torch.nn.Module, prefix: str) -> tuple[torch.nn.Module, dict[str, str]]:
+    """(the filled network, {its own name: the reference's}); ``net`` may be wider than the reference's."""
+    names, shapes = own_names(kind), {k: list(v.shape) for k, v in net.state_dict().items()}
+    assert sorted(names.values()) == sorted(shapes)
+    filled(net, [[k, shapes[names[k]]] for k, _ in INFO["spgan"][f"keys_{kind}"]], prefix, names)
+    return net, {own: prefix + k for k, own in names.items()}
+
+
+def stored(name: str) -> tuple[np.ndarray, int] | None:
+    """An array and the step of its pixels, from "name__s2" or "name"."""
+    for key in DATA.files:
+        if match := re.fullmatch(re.escape(name) + r"(?:__s(\d+))?", key):
+            return DATA[key], int(match[1] or 1)
+    return None
 
 
 def cyclegan_networks(options: dict) -> tuple[script.Networks, dict[torch.nn.Module, str]]:
@@ -173,7 +173,7 @@ def test_forward():
             assert close(nets.g_ab(x_a), checksum), name
     with torch.no_grad():
         score = nets.d_b(x_a)
-    assert close(score, info["forward"]["D_A_on_real_A"]) and close(score, DATA["cyclegan_D_A_on_real_A"])
+    assert close(score, info["forward"]["D_A_on_real_A"]) and close(score, stored("cyclegan_D_A_on_real_A")[0])
     for mode, golden in info["gan_loss_on_D_A_on_real_A"].items():
         for truth, value in golden.items():
             assert close(script.loss_gan(score, truth == "true", mode), value), (mode, truth)
@@ -181,7 +181,7 @@ def test_forward():
 
 def test_first_images():
     """Translations and reconstructions of the first images, with the variants' networks."""
-    info = INFO["cyclegan"]
+    info, arrays = INFO["cyclegan"], 0
     for variant in info["variants"].values():
         golden = variant.get("first_images_checksums")
         if golden is None:
@@ -194,9 +194,10 @@ def test_first_images():
             ours |= {"rec_A": nets.g_ba(ours["fake_B"]), "rec_B": nets.g_ab(ours["fake_A"])}
         for name, checksum in golden.items():
             assert close(ours[name], checksum), name
-        for name in ours:
-            if variant is info["variants"]["default"] and (array := DATA.get(f"cyclegan_{name}__s2")) is not None:
-                assert close(ours[name][:, :, ::2, ::2], array), name
+            if found := stored(f"cyclegan_{name}"):
+                array, step = found
+                arrays += close(ours[name][:, :, ::step, ::step], array)
+    assert arrays == sum(stored(f"cyclegan_{name}") is not None for name in ours)
 
 
 @pytest.mark.parametrize("name", [n for n in INFO["full_width"] if n.startswith(("cyclegan", "spgan"))])
@@ -206,17 +207,11 @@ def test_full_width(name):
     prefix = f"full.{name}."
     if "discriminator" in name:
         net = script.PatchDiscriminator(spgan=spgan)
-        keys = INFO["spgan"]["keys_D"] if spgan else INFO["cyclegan"]["keys_D"]
     else:
         blocks = BLOCKS[name.removeprefix("cyclegan_")] if not spgan else spgan_blocks()
         net = ResnetGenerator(blocks=blocks, bias=not spgan)
-        keys = INFO["spgan"]["keys_G"] if spgan else INFO["cyclegan"][f"keys_G_{name.removeprefix('cyclegan_')}"]
-    # the narrow networks' names, this one's shapes
     if spgan:
-        kind = "D" if "discriminator" in name else "G"
-        _, names = spgan_network(kind, _narrow(kind), "")
-        shapes = {names[k]: list(v.shape) for k, v in net.state_dict().items()}
-        spgan_network(kind, net, prefix, [[k, shapes[k]] for k, _ in keys])
+        spgan_network("D" if "discriminator" in name else "G", net, prefix)
     else:
         filled(net, [[k, list(v.shape)] for k, v in net.state_dict().items()], prefix)
     assert sum(p.numel() for p in net.parameters()) == info["parameters"]
@@ -227,12 +222,6 @@ def test_full_width(name):
     for golden in info["outputs"]:
         assert list(out.shape) == golden["shape"] and close(out, golden["checksum"])
         assert close(out.flatten()[:3], golden["first"])
-
-
-def _narrow(kind: str) -> torch.nn.Module:
-    dims = INFO["spgan"]["dims"]
-    return script.PatchDiscriminator(dims["Da"], spgan=True) if kind == "D" else \
-        ResnetGenerator(dims["Ga"], spgan_blocks(), bias=False)
 
 
 def spgan_blocks() -> int:
@@ -257,7 +246,7 @@ def test_size_rule():
 def test_released_files_of_generators():
     """Every dialect of a generator's file is recognised and gives the same translation."""
     info = INFO["cyclegan"]
-    nets, _ = cyclegan_networks(info["options"] | {"netG": "resnet_9blocks"})
+    nets, _ = cyclegan_networks({**info["options"], **next(iter(info["variants"].values()))["options"]})
     weights = nets.g_ab.float().state_dict()
     old, last = dict(weights), list(weights)[-2]
     for key in list(weights):
@@ -267,7 +256,7 @@ def test_released_files_of_generators():
             old |= {f"{norm}running_mean": torch.zeros(4), f"{norm}running_var": torch.ones(4),
                     f"{norm}num_batches_tracked": torch.tensor(3)}
     old = {f"module.{k}": v for k, v in old.items()}
-    spgan = _narrow("G")
+    spgan = ResnetGenerator(INFO["spgan"]["dims"]["Gb"], spgan_blocks(), bias=False)
     _, names = spgan_network("G", spgan, "Gb.")
     released = {names[k].removeprefix("Gb."): v for k, v in spgan.state_dict().items()}
     for net, file in ((nets.g_ab, weights), (nets.g_ab, old), (spgan, released)):
@@ -331,7 +320,8 @@ def test_spgan_iterations():
         x_a, x_b = spgan_images(0, info["batch"])
         ab, ba = nets.g_ab(x_a), nets.g_ba(x_b)
         assert close(ab, first["b_fake"]) and close(ba, first["a_fake"])
-        assert close(ab[:, :, ::4, ::4], DATA["spgan_b_fake__s4"])
+        array, step = stored("spgan_b_fake")
+        assert close(ab[:, :, ::step, ::step], array)
         score = nets.d_a(ba)
         assert close(score, first["Da_on_a_fake"]) and list(score.shape) == first["Da_output_shape"]
         keep = masks()

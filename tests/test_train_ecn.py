@@ -1,4 +1,4 @@
-"""train_ecn.py: its memory, its runs, stopping and going on, several processes, mistakes."""
+"""train_ecn.py: its memory, its runs, going on, mistakes."""
 import re
 import shutil
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_reference  # noqa: F401  (puts the repository on the path)
-from scripts import execute, in_two_processes, logged, message, same
+from scripts import execute, logged, message, same
 
 import train_ecn as script
 from lib import checkpoint, predict_reid
@@ -208,7 +207,7 @@ def test_a_target_without_queries_is_trained_on(people, folder, in_this_process)
     assert not logged(folder, "mAP") and len(logged(folder, "loss_tgt")) == 4
 
 
-# --- stopping and going on; several processes -------------------------------------------------------------------------
+# --- going on (more in test_trainers.py) ------------------------------------------------------------------------------
 
 
 def test_resume_is_exact(people, folder, in_this_process):
@@ -222,21 +221,6 @@ def test_resume_is_exact(people, folder, in_this_process):
     assert ours["others"][0]["em"].any()
     for key in theirs.keys() - {"arguments", "validation"}:
         assert same(ours[key], theirs[key]), key
-
-
-def test_two_processes_compute_what_one_does_with_the_whole_batch(people, folder):
-    """With fixed BN statistics and without dropout: on a CPU, BN and masks are of each process's own images.
-
-    Without neighbours, which rounding may choose otherwise.
-    """
-    flags = ["--bn", "fixed", "--dropout", "0", "--num-steps", "4", "--knn", "0"]
-    execute(SCRIPT, *arguments(people, folder / "one", *flags))
-    out = in_two_processes(SCRIPT, *arguments(people, folder / "two", *flags, "-b", "2"))
-    assert "2 images of a domain x 2 processes" in out
-    for a, b in zip(logged(folder / "two", "lr"), logged(folder / "one", "lr"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    one, two = (checkpoint.load(folder / name / "resume.pth")["others"][0]["em"] for name in ("one", "two"))
-    assert torch.allclose(one, two, atol=1e-4)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -246,6 +246,9 @@ def test_transform():
     for n in range(8):
         x, y = FlipResizeCrop(None, (64, 64))(image, label, np.random.default_rng(n))
         assert x.dtype == torch.float32 and torch.equal(((x[0] + 1) * 127.5).round().long(), y)
+    whole = [FlipResizeCrop(None, image.size)(image, label, np.random.default_rng(n))[1].numpy() for n in range(8)]
+    mirrored = [np.array_equal(y, label[:, ::-1]) for y in whole]
+    assert any(mirrored) and all(m != np.array_equal(y, label) for m, y in zip(mirrored, whole, strict=True))
     x, y = FlipResizeCrop(160, (64, 64))(image, label, np.random.default_rng(0))
     assert x.shape == (3, 64, 64) and ((x[0] + 1) * 127.5 - y).abs().median() <= 1
     assert np.array_equal(from_symmetric(to_symmetric(image)), image)

@@ -21,11 +21,11 @@ from scripts import (
     HEIGHT,
     ROOT,
     WIDTH,
+    assert_same_tree,
     execute_alone,
     in_two_processes,
     interrupted,
     logged,
-    same,
     torchrun,
     training,
     tree,
@@ -184,13 +184,6 @@ def undisturbed(inputs, tmp_path_factory):
     return get
 
 
-def assert_same_end(folder: Path, undisturbed: dict[str, object]) -> None:
-    ours = tree(folder)
-    assert ours.keys() == undisturbed.keys()
-    for name, content in undisturbed.items():
-        assert same(ours[name], content), name
-
-
 def saved_iteration(folder: Path) -> int:
     return checkpoint.load(folder / "resume.pth")["iteration"] if (folder / "resume.pth").exists() else 0
 
@@ -215,7 +208,7 @@ def test_sigkill_and_resume_end_as_if_nothing_had_happened(name, moment, inputs,
     out = interrupted(name, *arguments, "--resume")
     assert (f"resumed at iteration {saved}" if saved else "starting at the beginning") in out or name == "train_cbst"
     assert exists or "starting at the beginning" in out
-    assert_same_end(folder, undisturbed(name))
+    assert_same_tree(folder, undisturbed(name))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -227,7 +220,7 @@ def test_a_signal_saves_and_leaves(name, number, inputs, undisturbed, folder):
     assert f"stopped at iteration 3; --resume goes on from {folder / 'resume.pth'}" in out and "Traceback" not in out
     assert saved_iteration(folder) == 3
     assert "Traceback" not in interrupted(name, *arguments, "--resume")
-    assert_same_end(folder, undisturbed(name))
+    assert_same_tree(folder, undisturbed(name))
 
 
 @each_trainer
@@ -236,11 +229,11 @@ def test_what_resume_refuses(name, inputs, undisturbed, folder):
     arguments = TRAINERS[name].arguments(inputs, folder)
     interrupted(name, *arguments)
     interrupted(name, *arguments, "--resume")
-    assert_same_end(folder, undisturbed(name))
+    assert_same_tree(folder, undisturbed(name))
     out = interrupted(name, *arguments, "--resume", "--random-seed", "7", code=2)
     assert "--random-seed was " in out and "is 7" in out and "Traceback" not in out
     assert "holds an earlier run: go on with it (--resume)" in interrupted(name, *arguments, code=2)
-    assert_same_end(folder, undisturbed(name))
+    assert_same_tree(folder, undisturbed(name))
 
 
 @each_trainer
