@@ -1,4 +1,5 @@
-// The fibers behind emulation.h. x86-64, Linux.
+// The fibers behind emulation.h. x86-64, Linux. The thread sanitizer does not look at this file, which is the order of
+// the threads and no part of their work; it only learns of the fibers.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -16,7 +17,7 @@ void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size
 void __asan_unpoison_memory_region(const volatile void* address, size_t size);
 }
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SEGADAPT_THREAD_SANITIZER)
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -86,7 +87,7 @@ void* scheduler_stack_pointer;
 const void* scheduler_bottom;
 size_t scheduler_bytes;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SEGADAPT_THREAD_SANITIZER)
 void* scheduler_tsan;
 char launched, synchronised, left;  // addresses that stand for an order: launch, barrier, end of a thread
 void acquire(void* address) { __tsan_acquire(address); }
@@ -105,7 +106,7 @@ void resume(int t) {
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, fiber.stack, kStackBytes);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SEGADAPT_THREAD_SANITIZER)
   __tsan_switch_to_fiber(fiber.tsan, 1);
 #endif
   segadapt_switch_stack(&scheduler_stack_pointer, fiber.stack_pointer);
@@ -120,7 +121,7 @@ void back_to_scheduler() {
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(fiber.state == State::done ? nullptr : &fake, scheduler_bottom, scheduler_bytes);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SEGADAPT_THREAD_SANITIZER)
   __tsan_switch_to_fiber(scheduler_tsan, 1);
 #endif
   segadapt_switch_stack(&fiber.stack_pointer, scheduler_stack_pointer);
@@ -152,7 +153,7 @@ void start(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // the frames of the thread before, which never returned
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SEGADAPT_THREAD_SANITIZER)
   fiber.tsan = __tsan_create_fiber(0);
 #endif
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
@@ -236,7 +237,7 @@ void run_block() {
     for (int first = 0; first < size; first += 32) progress |= release_warp(first);
     if (!progress) release_block();
   }
-#if defined(__SANITIZE_THREAD__)
+#if defined(SEGADAPT_THREAD_SANITIZER)
   for (int t = 0; t < size; ++t) __tsan_destroy_fiber(fibers[t].tsan);
 #endif
   acquire(&left);  // blocks share what stands for shared memory: races are looked for inside them, not between them
@@ -259,7 +260,7 @@ void fail(const char* what) {
   std::abort();
 }
 
-uint64_t& offered() { return fibers[running].offer; }
+void offer(uint64_t value) { fibers[running].offer = value; }
 
 uint64_t offered_by(unsigned lane) { return fibers[running / 32 * 32 + lane].offer; }
 
@@ -285,7 +286,7 @@ void run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, void (
   size = int(block.x);
   place.block_size = {unsigned(block.x), 1, 1};
   place.grid_size = {unsigned(grid.x), unsigned(grid.y), unsigned(grid.z)};
-#if defined(__SANITIZE_THREAD__)
+#if defined(SEGADAPT_THREAD_SANITIZER)
   scheduler_tsan = __tsan_get_current_fiber();
 #endif
   release(&launched);

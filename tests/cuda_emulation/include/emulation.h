@@ -39,7 +39,7 @@ extern Place place;
 void run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* arguments);
 void wait_for_block(int line);
 void wait_for_warp(unsigned mask, int line);
-uint64_t& offered();                 // what the running lane shows its warp
+void offer(uint64_t value);          // what the running lane shows its warp
 uint64_t offered_by(unsigned lane);  // of the same warp
 [[noreturn]] void fail(const char* what);
 
@@ -84,7 +84,7 @@ To bits(From value) {
 // All lanes of the mask offer a value, read those of the others, and go on together.
 template <class T, class Read>
 auto exchange(unsigned mask, T value, int line, Read read) {
-  offered() = bits<uint64_t>(value);
+  offer(bits<uint64_t>(value));
   wait_for_warp(mask, line);
   const auto result = read();
   wait_for_warp(mask, -line);
