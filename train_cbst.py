@@ -75,7 +75,7 @@ DEMO_START_STEPS, DEMO_START_RATE = 400, 2.5e-3
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = flags.parser(__doc__)
     method = p.add_argument_group("method")
-    method.add_argument("--num-rounds", type=flags.count, default=4, help="the last one only scores")
+    method.add_argument("--num-rounds", type=flags.up_to(1000), default=4, help="the last one only scores")
     method.add_argument("--epr", type=flags.count, default=2, help="epochs of training a round")
     method.add_argument("--kc-policy", choices=["cb", "global"], default="cb", help="a threshold per class, or one")
     method.add_argument("--kc-value", choices=["conf", "prob"], default="conf",

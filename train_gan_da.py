@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--low-memory", action="store_true", help="recomputed: run F twice, hold one graph at a time")
     net = flags.add_network(p)
     net.add_argument("--base", choices=["fcn8s", "deeplab"], default="fcn8s", help="F and C")
-    net.add_argument("--width", type=flags.scale, default=1.0, help="share of the channels of FCN-8s, G and D")
+    net.add_argument("--width", type=flags.width, default=1.0, help="share of the channels of FCN-8s, G and D")
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
     net.add_argument("--dropout", type=flags.below_one, default=0.5, help="after fc6 and fc7")

@@ -58,12 +58,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--out", "--output_folder", metavar="FOLDER", help="where the pictures go")
     how = p.add_argument_group("how")
     size = how.add_mutually_exclusive_group()
-    size.add_argument("--width", type=flags.count, help="images are resized to it before, and back after")
-    size.add_argument("--short-side", type=flags.count, help="likewise, for the shorter side")
+    size.add_argument("--width", type=flags.side, help="images are resized to it before, and back after")
+    size.add_argument("--short-side", type=flags.side, help="likewise, for the shorter side")
     size.add_argument("--file-size", action="store_true", help="images are translated as they are")
-    how.add_argument("--tile", type=flags.count, metavar="PIXELS",
+    how.add_argument("--tile", type=flags.side, metavar="PIXELS",
                      help="side of tiles, such as 512: the same result with less memory, in 1.3 times the time")
-    how.add_argument("--num-style", "--num_style", type=flags.count, default=1, help="MUNIT: sets to write")
+    how.add_argument("--num-style", "--num_style", type=flags.up_to(1000), default=1, help="MUNIT: sets to write")
     how.add_argument("--style", metavar="FILE|FOLDER", help="MUNIT: styles of pictures (default: random styles)")
     how.add_argument("--synchronized", action="store_true", help="MUNIT: the same styles for all files")
     how.add_argument("--seed", type=flags.seed, default=10, help="MUNIT: of the styles, which each file has its own of")

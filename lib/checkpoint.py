@@ -208,8 +208,8 @@ CHECKS = {
     "stride_on": lambda v: v in ("1x1", "3x3"), "align_corners": lambda v: isinstance(v, bool),
     "bn_stats": lambda v: v in ("running", "target", "both"), "task": lambda v: isinstance(v, str),
     "aggregate": lambda v: isinstance(v, (int, float)) and 0 <= v <= 1,
-    "width": lambda v: isinstance(v, (int, float)) and 0 < v <= 8, "padding": lambda v: v in ("released", "same"),
-    "size": lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
+    "width": lambda v: isinstance(v, (int, float)) and 0 < v <= 4, "padding": lambda v: v in ("released", "same"),
+    "size": lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(type(n) is int and 0 < n <= 16384 for n in v),
     "classes": lambda v: isinstance(v, (list, tuple)) and all(isinstance(name, str) for name in v)}
 
 
