@@ -574,6 +574,9 @@ def train(args: argparse.Namespace) -> Session:
         run.say(f"all files of {args.source} and {args.target} are fine")
         raise SystemExit(0)
 
+    if args.is_training and min(args.crop_size) < 17:
+        raise UserError(f"--is-training needs crops of at least 17x17 for BN statistics, not {args.crop_size}: choose "
+                        "a larger --crop-size")
     net, known, loaded = open_network(args, data.classes)
     pixels = known["pixels"]
     set_bn_affine(net, args.bn_affine == "train")

@@ -90,7 +90,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lmd", type=flags.share, default=0.3, help="lambda of Eq. 9: the target's share of the loss")
     net = p.add_argument_group("network")
     net.add_argument("-a", "--arch", choices=list(ARCHITECTURES), default="resnet50")
-    net.add_argument("--features", type=flags.up_to(65536, 0), help="width of the embedding (4096 ECN, 1024 ide and camstyle)")
+    net.add_argument("--features", type=flags.up_to(65536, 0), 
+                     help="width of the embedding (4096 ECN, 1024 ide and camstyle)")
     net.add_argument("--dropout", type=flags.below_one, default=0.5)
     net.add_argument("--restore-from", default="imagenet", metavar="FILE|imagenet|none", help="initial weights")
     net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else imagenet)")
@@ -370,6 +371,8 @@ def train(args: argparse.Namespace) -> Session:
             "target": "none in training" if memory is None else
                       f"{len(images_t)} images of {args.target}, {len(target.cameras)} cameras, " + (
                           "real images only (camera styles add to the result)" if styles is None else "camera styles"),
+            "validation": f"{len(target.query)} queries, {len(target.gallery)} in the gallery" if validation else
+                          "none: the target has no query or no gallery",
             "style images": len(style_people) if style_people else "none in the source's batch",
             "batch": f"{args.batch_size} images of a domain x {run.world} processes, {epoch_steps} steps an epoch",
             "steps": f"{session.iteration} to {num_steps}"})

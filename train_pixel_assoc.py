@@ -344,6 +344,9 @@ def train(args: argparse.Namespace) -> Session:
     else:
         sizes = args.crop_size, args.crop_size
         augment = [ShortSideCrop(args.crop_size, args.resize_short, pixels, args.random_mirror)] * 2
+    if min(*sizes[0], *sizes[1]) < 17:
+        raise UserError(f"cycles need images of at least 17x17, not {sizes[0]} and {sizes[1]}: choose a larger "
+                        "--input-size and --input-size-target, or --crop-size")
     test_size = args.test_size or args.input_size_target or (1460, 730)
     data = open_pair(
         source, target, *augment, val_set=args.val_set, num_classes=args.num_classes, seed=args.random_seed,

@@ -530,6 +530,8 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
     if args.init_type == "normal":
         for net in modules.values():
             init_normal(net, args.init_gain)
+    if args.resume and args.epoch != "latest" and not (folder / f"{args.epoch}_net_G_A.pth").exists():
+        raise UserError(f"--epoch {args.epoch}: there is no {folder}/{args.epoch}_net_G_A.pth")
     if args.resume and not (folder / "resume.pth").exists() and (folder / f"{args.epoch}_net_G_A.pth").exists():
         loaded = read_weights(modules, folder, args.epoch)
     modules |= {"M": nets.sia} if spgan else {}

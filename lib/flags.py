@@ -43,8 +43,8 @@ def scales(text: str) -> tuple[float, ...]:
     try:
         return tuple(map(scale, text.split(",")))
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected numbers from 0.01 to 16 such as 0.9,1.0,1.2, not {shorten(text, 60)!r}") \
-            from None
+        raise argparse.ArgumentTypeError("expected numbers from 0.01 to 16 such as 0.9,1.0,1.2, not "
+                                         f"{shorten(text, 60)!r}") from None
 
 
 def size(text: str) -> tuple[int, int]:

@@ -238,7 +238,7 @@ SCRIPTS = {segmentation: "train_adaptsegnet", multi_level: "train_adaptsegnet", 
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size * 9 // 10])
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
 def resize(path: Path) -> None:
@@ -268,6 +268,11 @@ def bomb(path: Path) -> None:
 
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
                      + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b""))
+
+
+def no_truth(p: Place) -> list[str]:
+    shutil.rmtree(p.pair / "cityscapes/gtFine/val")
+    return ["--val-set", "val"]
 
 
 def one_class(p: Place) -> list[str]:
@@ -377,13 +382,21 @@ rows("data", segmentation, {
     "label of colours": (lambda p: put(p.pair / LABEL, np.zeros((HEIGHT, WIDTH, 3), np.uint8)), LABEL, "RGB"),
     "labels that are all void": (void_labels, "labels", "has a pixel of any class"),
     "truncated image": (lambda p: truncate(p.pair / IMAGE), f"{IMAGE}: the image is broken or truncated"),
-    "truncated label": (lambda p: truncate(p.pair / LABEL), f"{LABEL}: the image is broken or truncated"),
+    "truncated label": (lambda p: truncate(p.pair / LABEL), f"{LABEL}: not an image that can be read"),
     "truncated target": (lambda p: truncate(p.pair / TARGET), f"{TARGET}: the image is broken or truncated"),
     "empty image": (lambda p: (p.pair / IMAGE).write_bytes(b""), f"{IMAGE}: not an image that can be read"),
     "not an image": (lambda p: (p.pair / IMAGE).write_text("x"), f"{IMAGE}: not an image that can be read"),
     "image is a folder": (lambda p: ((p.pair / IMAGE).unlink(), (p.pair / IMAGE).mkdir()), IMAGE),
     "image of floats": (lambda p: put(p.pair / IMAGE, np.ones((HEIGHT, WIDTH), np.float32)), IMAGE, "floating-point"),
     "image of 3.6 thousand million pixels": (lambda p: bomb(p.pair / IMAGE), IMAGE, "million pixels"),
+    "target of floats": (lambda p: put(p.pair / TARGET, np.ones((HEIGHT, WIDTH), np.float32)), TARGET,
+                         "floating-point"),
+    "label of floats": (lambda p: put(p.pair / LABEL, np.ones((HEIGHT, WIDTH), np.float32)), LABEL, "8-bit class value"),
+    "label of 3.6 thousand million pixels": (lambda p: bomb(p.pair / LABEL), LABEL, "million pixels"),
+    "truth of 3.6 thousand million pixels": (lambda p: bomb(p.pair / TRUTH), TRUTH, "million pixels"),
+    "no label of the validation set": (no_truth, "2 bad files", "does not exist"),
+    "set of 5000 letters": (flags("--set", "x" * 5000), "no image of the set"),
+    "set out of the root": (flags("--set", "../../../gta5"), "no image of the set"),
     "no image": (lambda p: shutil.rmtree(p.pair / "gta5/images"), "gta5: no image of the set", "images/*.png"),
     "no such set": (flags("--set", "trainx"), "no image of the set 'trainx'"),
     "set with a slash": (flags("--val-set", "../x"), "'../x'"),
@@ -400,6 +413,10 @@ rows("list", segmentation, {
     "of nothing": (listed("00009.png\n"), "1 of 1 images do not exist", "00009"),
     "lines of 5000 letters": (listed("x" * 5000), "1 of 1 images do not exist"),
     "a slash": (listed("/\n"), "images do not exist"),
+    "two dots": (listed("..\n"), "images do not exist"),
+    "a folder's name": (listed("images\n"), "images do not exist"),
+    "a picture": (lambda p: ["--data-list", str(p.pair / IMAGE)], "00002.png: not a UTF-8 text file"),
+    "out of the root": (listed("../../" + TRUTH + "\n"), "has no label: it does not match the pattern"),
     "a dot": (listed(".\n"), "images do not exist"),
     "null characters": (listed(b"a\0b.png\n"), "images do not exist"),
     "not UTF-8": (listed(b"\xff\xfe\x00x"), "list.txt: not a UTF-8 text file"),
@@ -431,6 +448,9 @@ rows("description", segmentation, {
                          "'road' becomes 'raod', no class here"),
     "unknown encoding": (source(encoding="png"), "unknown 'encoding' 'png'"),
     "no placeholder": (source(images="images/1.png"), "'images' must hold a placeholder"),
+    "a null character": (source(root="\0"), "a character that no path can"),
+    "a folder": (lambda p: ["--source", p.folder("set")], "no data set"),
+    "a size of nothing": (source(size=[0, 5]), "'size' must be"),
     "broken braces": (source(images="images/{stem.png"), "'images': a placeholder is a name in braces"),
     "sets of another kind": (source(sets=["train"]), "'sets' must name the sets"),
     "ignore that is a class": (source(ignore=3), "'ignore' must be a value"),
@@ -456,6 +476,7 @@ for flag, text in (("--batch-size", "0"), ("--batch-size", "1000000"), ("--num-s
                    ("--iter-size", "9" * 5000)):
     rows("flag", segmentation, {f"{flag} {text[:20]}": (flags(flag, text), f"argument {flag}", "expected ")})
 rows("flags", segmentation, {
+    "1 x 1 pixels": (flags("--source-only", "--input-size", "1,1"), "at least 17x17"),
     "unknown": (flags("--learningrate", "1"), "unrecognized arguments: --learningrate"),
     "unknown architecture": (flags("--arch", "resnet34"), "--arch", "invalid choice: 'resnet34'", "mobilenet_v2"),
     "ends after the decay": (flags("--num-steps-stop", "3"), "--num-steps-stop must be 1..2"),
@@ -540,7 +561,7 @@ rows("weights evaluate", evaluation, {
     "a class twice": (said(classes=["road"] * 14), "w.pth", "classes"),
     "an unknown model": (said(model="UNet"), "UNet"),
     "a model of another kind": (said(model=["UNet"]), "UNet"),
-    "an architecture of another kind": (said(arch={}), "is not a network"),
+    "an architecture of another kind": (said(arch={}), "arch = {}"),
     "a width of text": (said(model="FCN8s", width="wide"), "width = 'wide'"),
     "other statistics": (said(bn_stats="source"), "bn_stats = 'source'"),
     "a share above 1": (said(aggregate=3), "aggregate = 3"),
@@ -560,17 +581,20 @@ rows("weights translate", translating, {
                       "w.pth is one direction only"),
     "the other direction is missing": (lambda p: ["--checkpoint", p.saved(
         ResnetGenerator(4, 6).state_dict(), "latest_net_G_A.pth"), "--a2b", "0"], "latest_net_G_B.pth does not exist"),
-    "a MUNIT size of text": (lambda p: ["--checkpoint", p.saved(dict_with_meta(
-        {d: MunitGenerator(dim=4, n_res=1, mlp_dim=8).state_dict() for d in "ab"}, {"new_size": "x"}))], "w.pth"),
+    "a MUNIT size of text": (lambda p: ["--checkpoint", p.saved({
+        d: dict_with_meta(MunitGenerator(dim=4, n_res=1, mlp_dim=8).state_dict(), {"new_size": "x"})
+        for d in "ab"})], "w.pth", "new_size"),
 })
-for name, command, flag in (("evaluate_reid", evaluation_reid, "--restore-from"), ("ecn", ecn, "--restore-from")):
+for name, command in (("evaluate_reid", evaluation_reid), ("ecn", ecn)):
     rows(f"weights {name}", command, {
-        "missing": (lambda p, flag=flag: [flag, str(p / "no.pth")], "no.pth does not exist"),
-        "integer keys": (lambda p, flag=flag: [flag, p.saved({0: torch.ones(1)})], "numbers instead of names"),
-        "another network": (lambda p, flag=flag: [flag, p.saved({"a.weight": torch.ones(2, 2)})], "w.pth"),
-        "a scalar classifier": (lambda p, flag=flag: [flag, p.saved({
-            **IDNet(3, "resnet18", 8).state_dict(), "classifier.weight": torch.tensor(1.0)})], "w.pth"),
+        "missing": WEIGHTS["missing"],
+        "integer keys": WEIGHTS["integer keys"],
+        "another network": (lambda p: ["--restore-from", p.saved({"a.weight": torch.ones(2, 2)})], "w.pth"),
     })
+rows("weights evaluate_reid", evaluation_reid, {
+    "a scalar classifier": (lambda p: ["--restore-from", p.saved({
+        **IDNet(3, "resnet18", 8).state_dict(), "classifier.weight": torch.tensor(1.0)})], "w.pth"),
+})
 
 # --- going on, and files to write -------------------------------------------------------------------------------------
 
@@ -636,6 +660,7 @@ rows("output cbst", cbst, {
     "a prior of another size": (lambda p: (np.savez(p / "prior.npz", prior_array=np.ones((14, 4, 4), np.float32)),
                                            ["--spatial-prior", str(p / "prior.npz")])[1], "prior.npz is 4x4"),
     "a missing prior": (lambda p: ["--spatial-prior", str(p / "no.npz")], "no.npz"),
+    "crops of a pixel": (flags("--is-training", "--crop-size", "1,1"), "at least 17x17"),
     "no start": (lambda p: ["--restore-from", ""], "--restore-from FILE is needed"),
     "more images than there are": (flags("--subset", "99"), "--subset 99: the target has 4 images"),
     "a network that sees one class": (flags("--collapse", "0.0001"), "has collapsed", "--collapse"),
@@ -708,7 +733,6 @@ QUERY = "campus/query"
 for name, command in (("ecn", ecn), ("evaluate_reid", evaluation_reid)):
     rows(f"{name} data", command, {
         "no such set": (flags("-t", "mars"), "no data set mars"),
-        "no queries": (lambda p: shutil.rmtree(p.people / QUERY), "query"),
         "a name without identity": (lambda p: p.picture(f"people/{QUERY}/x.jpg") if p.people else None, "x.jpg"),
         "truncated image": (lambda p: truncate(sorted((p.people / QUERY).iterdir())[0]), "broken or truncated"),
         "not an image": (lambda p: sorted((p.people / QUERY).iterdir())[0].write_text("x") and None,
@@ -716,12 +740,14 @@ for name, command in (("ecn", ecn), ("evaluate_reid", evaluation_reid)):
     })
 rows("ecn", ecn, {
     "no training images": (lambda p: shutil.rmtree(p.people / "plaza/bounding_box_train"), "bounding_box_train"),
-    "no camera styles": (flags("--camstyle", "2"), "camera styles"),
+    "no camera styles": (flags("--camstyle-dir", "nowhere"), "no camera styles"),
+    "no style images": (flags("--no-camstyle", "--camstyle", "2", "--camstyle-dir", "nowhere"), "no style images"),
     "a batch of one": (flags("-b", "1"), "at least 2 images"),
-    "alpha above 1": (flags("--inv-alpha", "9", "--epochs", "60"), "--inv-alpha 9"),
+    "alpha above 1": (flags("--inv-alpha", "9", "--num-steps", "900"), "--inv-alpha 9"),
     "a preset of another method": (flags("--preset", "spgan"), "--preset spgan"),
 })
 rows("evaluate_reid", evaluation_reid, {
+    "no queries": (lambda p: shutil.rmtree(p.people / QUERY), "query"),
     "json into nowhere": (lambda p: ["--json", str(p / "nowhere/s.json")], "its folder does not exist"),
     "json that is a folder": (lambda p: ["--json", p.folder("s.json")], "s.json"),
     "json of 300 letters": (lambda p: ["--json", str(p / ("j" * 300))], "jjj"),
@@ -787,7 +813,7 @@ rows("compute_iou", iou, {
     "100000 processes": (flags("--workers", "100000"), "--workers 100000: at most"),
     "no such data set": (flags("--data", "moon"), "no data set 'moon'"),
     "no classes": (flags("--classes", ""), "no classes ''"),
-    "unknown class": (flags("--classes", "road,moon"), "no classes 'road,moon': moon"),
+    "unknown class": (flags("--classes", "road,moon"), "no classes 'road,moon'", "'moon'"),
     "a class twice": (flags("--classes", "road,road"), "one is given twice"),
     "json that is a folder": (lambda p: ["--json", p.folder("s.json")], "s.json: it is a folder"),
     "json into nowhere": (lambda p: ["--json", str(p / "nowhere/s.json")], "cannot write"),
@@ -897,6 +923,8 @@ def test_one_message(name, tmp_path, shared, in_this_process, monkeypatch, capsy
     for fact in row.facts:
         assert fact in said, said
     assert len(said) < 4000, "a message, not a book"
+    if name.startswith(("data", "list", "description", "flag")):
+        assert not place.run.exists(), "nothing was written"
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
