@@ -1,6 +1,6 @@
 """Label maps, pictures and scores of a trained network.
 
-    python evaluate.py --restore-from snapshots/adaptsegnet/GTA5_150000.pth            # Cityscapes val
+    python evaluate.py --restore-from FILE                                             # the set it was to adapt to
     python evaluate.py --restore-from FILE --images my_pictures --overlay --save out   # any folder of pictures
     python compute_iou.py data/Cityscapes/data/gtFine/val result/cityscapes            # scores of the saved maps
 

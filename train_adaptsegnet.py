@@ -83,11 +83,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--sgd", choices=["released", "once"], default="released",
                      help="released: the backbone's updates are repeated as in the release")
     flags.add_run(p)
-    p.set_defaults(snapshot_dir="snapshots/adaptsegnet")
     args = flags.parse(p, argv, DEMO)
     if args.model == "DeepLab":
         args.model = "DeeplabMulti" if args.multi_level else "Deeplab"
     args.multi_level = args.model == "DeeplabMulti"
+    args.snapshot_dir = args.snapshot_dir or flags.run_folder(
+        "adaptsegnet", args.source, args.target, source_only=args.source_only, multi=args.multi_level,
+        feature=args.adapt == "feature", ls=args.gan == "LS", full=args.aspp == "full",
+        **{"vgg16": True} if args.model == "DeeplabVGG" else {args.arch: args.arch != p.get_default("arch")})
     single_adv = 0.01 if args.gan == "LS" else 0.001
     for name, multi, single in (("lambda_seg", 0.1, 0.0), ("lambda_adv_target1", 0.0002, 0.0),
                                 ("lambda_adv_target2", 0.001, single_adv)):

@@ -134,7 +134,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--rerank", action="store_true", help="scores after k-reciprocal re-ranking too")
     p.conflict_handler = "resolve"  # the release's names for flags of the run
     run = flags.add_run(p)
-    run.add_argument("--logs-dir", "--snapshot-dir", dest="snapshot_dir", help="checkpoint, log (default: logs/METHOD)")
+    run.add_argument("--logs-dir", "--snapshot-dir", dest="snapshot_dir", help="checkpoint, log (default: logs/METHOD_SOURCE_TARGET)")
     run.add_argument("--print-freq", "--log-every", dest="log_every", type=flags.count, default=10)
     run.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from resume.pth, or FILE")
     known = p.parse_known_args(argv)[0]
@@ -146,7 +146,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.set_defaults(**{"save_pred_every": 1000, **METHODS[known.method], **preset})
     args = flags.parse(p, argv, DEMO)
     args.epochs_decay = args.epochs_decay or 40
-    args.snapshot_dir = args.snapshot_dir or f"logs/{args.method}"
+    args.snapshot_dir = args.snapshot_dir or f"logs/{args.preset or args.method}_{args.source}_{args.target}"
     args.lr_trunk = 0.1 * args.learning_rate if args.lr_trunk is None else args.lr_trunk
     if args.bn != "fixed" and 1 in (args.batch_size, args.camstyle):
         p.error("batch normalisation needs at least 2 images: raise -b and --camstyle, or take --bn fixed")

@@ -107,8 +107,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--lr-epochs", type=flags.natural, default=8,
                      help="passes over the source after which --lr falls to a tenth, again and again; 0: never")
     flags.add_run(p, aliases={"--snapshot-dir": "--logdir", "--eval-every": "--interval_validate"}, resume_file=True)
-    p.set_defaults(snapshot_dir="snapshots/gan_da", eval_every=500)
+    p.set_defaults(eval_every=500)
     args = flags.parse(p, argv, DEMO)
+    args.snapshot_dir = args.snapshot_dir or flags.run_folder(
+        "gan_da", args.source, args.target, source_only=args.method == "sourceonly", deeplab=args.base == "deeplab")
     for name, value in zip(("l1_weight", "adv_weight", "c_weight"), WEIGHTS[args.reduction], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -5,6 +5,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from lib.errors import shorten
 
@@ -84,6 +85,15 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[
     if "eval_every" in args:
         args.eval_every = args.eval_every or args.save_pred_every
     return args
+
+
+def run_folder(method: str, source: str, target: str, **variants: object) -> str:
+    """The default --snapshot-dir: snapshots/METHOD_VARIANTS_SOURCE_TARGET, so that no run meets another's folder.
+
+    variants: names of variants, each with whether the run is of it.
+    """
+    names = [method, *(name for name, used in variants.items() if used), Path(source).stem, Path(target).stem]
+    return f"snapshots/{'_'.join(names)}"
 
 
 def add_network(p: argparse.ArgumentParser, trained: bool = False) -> argparse._ArgumentGroup:
@@ -172,7 +182,8 @@ def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None
     names = {flag: [flag, *([aliases[flag]] if aliases and flag in aliases else [])]
              for flag in ("--snapshot-dir", "--eval-every")}
     group.add_argument("--demo", action="store_true", help="render a small pair of domains and show the method on it")
-    group.add_argument(*names["--snapshot-dir"], help="weights, resume file, log, pictures")
+    group.add_argument(*names["--snapshot-dir"],
+                       help="weights, resume file, log, pictures (default: named after the method and the data)")
     if resume_file:
         group.add_argument("--resume", nargs="?", const="", metavar="FILE",
                            help="go on from FILE, by default the snapshot folder's resume.pth")

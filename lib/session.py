@@ -251,7 +251,7 @@ class Passes:
         world, rank = self.run.world, self.run.rank
         turns = range(self.position, -(-length // world))
         items = iter(load([i for i in (n * world + rank for n in turns) if i < length]) if turns else ())
-        for n in turns:
+        for n in tqdm(turns, name, unit="image", leave=False, disable=None if self.run.is_main else True):
             if n * world + rank < length:
                 yield n * world + rank, next(items)
             self.position = n + 1
