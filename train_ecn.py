@@ -134,7 +134,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--rerank", action="store_true", help="scores after k-reciprocal re-ranking too")
     p.conflict_handler = "resolve"  # the release's names for flags of the run
     run = flags.add_run(p)
-    run.add_argument("--logs-dir", "--snapshot-dir", dest="snapshot_dir", help="checkpoint, log (default: logs/METHOD_SOURCE_TARGET)")
+    run.add_argument("--logs-dir", "--snapshot-dir", dest="snapshot_dir",
+                     help="checkpoint, log (default: logs/METHOD_SOURCE_TARGET)")
     run.add_argument("--print-freq", "--log-every", dest="log_every", type=flags.count, default=10)
     run.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from resume.pth, or FILE")
     known = p.parse_known_args(argv)[0]

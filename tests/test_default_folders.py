@@ -15,7 +15,8 @@ FOLDERS = {
     "train_cbst --restore-from x": "snapshots/cbst_gta5_cityscapes",
     "train_cbst --restore-from x --kc-policy global": "snapshots/st_gta5_cityscapes",
     "train_cbst --restore-from x --spatial-prior build": "snapshots/cbst_sp_gta5_cityscapes",
-    "train_cbst --restore-from x --spatial-prior build --prior-norm class": "snapshots/cbst_sp_balanced_gta5_cityscapes",
+    "train_cbst --restore-from x --spatial-prior build --prior-norm class":
+        "snapshots/cbst_sp_balanced_gta5_cityscapes",
     "train_cbst --restore-from x --mr-weight-kld 0.01": "snapshots/mrkld_gta5_cityscapes",
     "train_cbst --restore-from x --lr-weight-ent 0.25": "snapshots/lrent_gta5_cityscapes",
     "train_pixel_assoc": "snapshots/pixel_assoc_gta5_cityscapes",
