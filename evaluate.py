@@ -1,6 +1,6 @@
 """Label maps, pictures and scores of a trained network.
 
-    python evaluate.py --restore-from snapshots/adaptsegnet/GTA5_150000.pth            # Cityscapes val
+    python evaluate.py --restore-from FILE                                             # the set it was to adapt to
     python evaluate.py --restore-from FILE --images my_pictures --overlay --save out   # any folder of pictures
     python compute_iou.py data/Cityscapes/data/gtFine/val result/cityscapes            # scores of the saved maps
 
@@ -30,8 +30,8 @@ from lib.datasets.description import Description, Domain, load_description, sele
 from lib.datasets.folder import ImageFolder
 from lib.datasets.pictures import find_pictures
 from lib.datasets.transforms import PIXELS, Augment
-from lib.errors import UserError, shorten
-from lib.files import atomic_write, check_writable, missing_files
+from lib.errors import UserError
+from lib.files import atomic_write, check_writable, make_folder, missing_files
 from lib.models.deeplab import ARCHITECTURES, MODELS
 
 
@@ -131,9 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--label-ids: {data.name} has no ids for the classes {lacking}")
     names = output_names(images)
     if save:
-        make_folder(save)
+        make_folder(save, "Choose another --save")
         if args.label_ids:
-            make_folder(save / "labelIds")
+            make_folder(save / "labelIds", "Choose another --save")
 
     aspp = "" if known["model"] == "FCN8s" else f", ASPP {known['aspp']}"
     runtime.header(run, {
@@ -226,15 +226,6 @@ def output_names(images: Sequence[Path]) -> list[str]:
             raise UserError(f"{path} and {seen[name]} have the same name and would share one output file")
         seen[name] = path
     return names
-
-
-def make_folder(folder: Path) -> None:
-    """Raises UserError where it cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save {shorten(folder)}: cannot be written ({error.strerror})") from None
-    check_writable(folder / "probe.png", "Choose another --save")
 
 
 if __name__ == "__main__":

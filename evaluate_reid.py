@@ -46,17 +46,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net = p.add_argument_group("features of a network")
     net.add_argument("-t", "--target", help="folder below --data-dir, or any folder of that form (default: market)")
     net.add_argument("--data-dir", default="data", help="where the data sets lie")
-    net.add_argument("--height", type=flags.count, help="default: the checkpoint's, else 256")
-    net.add_argument("--width", type=flags.count, help="default: the checkpoint's, else 128")
+    net.add_argument("--height", type=flags.side, help="default: the checkpoint's, else 256")
+    net.add_argument("--width", type=flags.side, help="default: the checkpoint's, else 128")
     net.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else imagenet")
     net.add_argument("--output_feature", "--output-feature", choices=["pool5", "fc"], default="pool5")
-    net.add_argument("--lmp", type=flags.natural, default=0, metavar="P", help="maxima of P horizontal parts (SPGAN)")
+    net.add_argument("--lmp", type=flags.up_to(64, 0), default=0, metavar="P",
+                     help="maxima of P horizontal parts (SPGAN)")
     net.add_argument("--mirrored", action="store_true", help="add the feature of the mirrored image")
     net.add_argument("--bn-stats", choices=["running", "target"], default="running",
                      help="target: re-estimate BN statistics on the target's training images first")
     net.add_argument("--save-features", metavar="FILE", help="write the features and names (.npz)")
-    net.add_argument("-b", "--batch-size", type=flags.count, default=64)
-    net.add_argument("-j", "--workers", "--num-workers", dest="num_workers", type=flags.natural,
+    net.add_argument("-b", "--batch-size", type=flags.batch, default=64)
+    net.add_argument("-j", "--workers", "--num-workers", dest="num_workers", type=flags.workers,
                      default=min(4, os.cpu_count() or 1), help="loader processes")
     score = p.add_argument_group("scores")
     score.add_argument("--ap", choices=list(AVERAGES), default="trapezoid", help="which of the two is called mAP")
@@ -137,6 +138,8 @@ def read_features(path: str) -> tuple[Tensor, PersonSet]:
         if missing:
             raise UserError(f"--features {path}: there is no array {missing[0]}; found {', '.join(arrays)}")
         x, ids, cams, files = (arrays[name] for name in names)
+        if [a.ndim for a in (ids, cams, files)] != [1, 1, 1] or {ids.dtype.kind, cams.dtype.kind} - {"i", "u"}:
+            raise UserError(f"--features {path}: {part}_ids, {part}_cams must be whole numbers [N], {part}_files [N]")
         if x.ndim != 2 or x.dtype.kind != "f" or not len(x) or {len(ids), len(cams), len(files)} != {len(x)}:
             raise UserError(f"--features {path}: {part} has features {x.shape} {x.dtype}, {len(ids)} ids, {len(cams)} "
                             f"cams and {len(files)} files; expected floats [N, D] and N of the others")

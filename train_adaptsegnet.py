@@ -83,11 +83,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--sgd", choices=["released", "once"], default="released",
                      help="released: the backbone's updates are repeated as in the release")
     flags.add_run(p)
-    p.set_defaults(snapshot_dir="snapshots/adaptsegnet")
     args = flags.parse(p, argv, DEMO)
     if args.model == "DeepLab":
         args.model = "DeeplabMulti" if args.multi_level else "Deeplab"
     args.multi_level = args.model == "DeeplabMulti"
+    args.snapshot_dir = args.snapshot_dir or flags.run_folder(
+        "adaptsegnet", args.source, args.target, source_only=args.source_only, multi=args.multi_level,
+        feature=args.adapt == "feature", ls=args.gan == "LS", full=args.aspp == "full",
+        **{"vgg16": True} if args.model == "DeeplabVGG" else {args.arch: args.arch != p.get_default("arch")})
     single_adv = 0.01 if args.gan == "LS" else 0.001
     for name, multi, single in (("lambda_seg", 0.1, 0.0), ("lambda_adv_target1", 0.0002, 0.0),
                                 ("lambda_adv_target2", 0.001, single_adv)):
@@ -223,10 +226,12 @@ def train(args: argparse.Namespace) -> Session:
     source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
     target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target)
     size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
-    min_size = 32 if args.adapt == "output" else 256  # D halves five times, and features are an eighth of the image
-    if not args.source_only and min(*size_s, *size_t) < min_size:
-        raise UserError(f"--adapt {args.adapt} needs images of at least {min_size}x{min_size} for its discriminators, "
-                        f"not {size_s} and {size_t}: choose a larger --input-size and --input-size-target")
+    # D halves five times, and features are an eighth of the image; BN needs more than one pixel of them
+    min_size, what = (17, "--source-only") if args.source_only else \
+        (32 if args.adapt == "output" else 256, f"--adapt {args.adapt}")
+    if min(*size_s, *size_t) < min_size:
+        raise UserError(f"{what} needs images of at least {min_size}x{min_size}, not {size_s} and {size_t}: choose a "
+                        "larger --input-size and --input-size-target")
     data = open_pair(
         source, target, Augment(size_s, pixels, args.random_scale, args.random_mirror, args.ignore_label),
         Augment(size_t, pixels, False, args.random_mirror, args.ignore_label), val_set=args.val_set,

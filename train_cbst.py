@@ -5,7 +5,7 @@ ECCV 2018, https://arxiv.org/abs/1810.07911. Zou, Yu, Liu, Kumar, Wang: "Confide
 2019, https://arxiv.org/abs/1908.09822. Results: docs/cbst.md.
 
     python train_cbst.py --demo                                                     # a miniature pair, on a laptop
-    python train_cbst.py --restore-from snapshots/source_only/GTA5_150000.pth       # GTA5 to Cityscapes
+    python train_cbst.py --restore-from snapshots/start/GTA5_150000.pth             # GTA5 to Cityscapes
     python train_cbst.py --restore-from FILE --kc-policy global                     # ST: one threshold for all classes
     python train_cbst.py --restore-from FILE --spatial-prior build                  # CBST-SP
     python train_cbst.py --restore-from FILE --mr-weight-kld 0.01                   # MRKLD as published, see below
@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from lib import checkpoint, flags, ops, predict, runtime
 from lib.datasets.description import Domain
@@ -75,7 +76,7 @@ DEMO_START_STEPS, DEMO_START_RATE = 400, 2.5e-3
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = flags.parser(__doc__)
     method = p.add_argument_group("method")
-    method.add_argument("--num-rounds", type=flags.count, default=4, help="the last one only scores")
+    method.add_argument("--num-rounds", type=flags.up_to(1000), default=4, help="the last one only scores")
     method.add_argument("--epr", type=flags.count, default=2, help="epochs of training a round")
     method.add_argument("--kc-policy", choices=["cb", "global"], default="cb", help="a threshold per class, or one")
     method.add_argument("--kc-value", choices=["conf", "prob"], default="conf",
@@ -133,9 +134,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out.add_argument("--save-color", action="store_true", help="also pseudo_labels_color: every label in colours")
     out.add_argument("--cache-mb", type=flags.natural, default=64,
                      help="memory for logits between the passes over the target")
-    p.set_defaults(snapshot_dir="snapshots/cbst", batch_size=2, learning_rate=5e-5, power=0.0,
+    p.set_defaults(batch_size=2, learning_rate=5e-5, power=0.0,
                    save_pred_every=500, save_num_images=4, random_seed=3)
     args = flags.parse(p, argv, DEMO)
+    method = "lrent" if args.lr_weight_ent else "mrkld" if args.mr_weight_kld else \
+        "st" if args.kc_policy == "global" else "cbst"
+    args.snapshot_dir = args.snapshot_dir or flags.run_folder(
+        method, args.source, args.target, sp=args.spatial_prior, balanced=args.prior_norm == "class")
     if not args.restore_from and not args.demo and not args.check_data:
         p.error("--restore-from FILE is needed: rounds begin from a source-trained network, such as "
                 "train_adaptsegnet.py --source-only makes")
@@ -499,7 +504,7 @@ def open_prior(args: argparse.Namespace, data: DomainPair, folder: Path, run: ru
         shape = image.height, image.width
     path = folder / "prior.npz" if args.spatial_prior == "build" else Path(args.spatial_prior)
     if args.spatial_prior == "build" and run.is_main and not (args.resume and path.exists()):
-        labels = (data.source.truth(i) for i in range(len(data.source)))
+        labels = (data.source.truth(i) for i in tqdm(range(len(data.source)), "prior", leave=False, disable=None))
         with atomic_write(path) as new:
             np.savez_compressed(new, prior_array=spatial_prior(labels, len(data.classes), shape))
     run.barrier()
@@ -574,6 +579,9 @@ def train(args: argparse.Namespace) -> Session:
         run.say(f"all files of {args.source} and {args.target} are fine")
         raise SystemExit(0)
 
+    if args.is_training and min(args.crop_size) < 17:
+        raise UserError(f"--is-training needs crops of at least 17x17 for BN statistics, not {args.crop_size}: choose "
+                        "a larger --crop-size")
     net, known, loaded = open_network(args, data.classes)
     pixels = known["pixels"]
     set_bn_affine(net, args.bn_affine == "train")

@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method = p.add_argument_group("method")
     method.add_argument("--method", choices=list(METHODS), default="ecn")
     method.add_argument("--preset", choices=list(PRESETS), help="SPGAN's second stage, for --method ide")
-    method.add_argument("--camstyle", type=flags.natural, default=0, metavar="B",
+    method.add_argument("--camstyle", type=flags.up_to(4096, 0), default=0, metavar="B",
                         help="style images a step (46 with --method camstyle)")
     method.add_argument("--no-camstyle", action="store_true", help="ECN: real images only")
     method.add_argument("--camstyle-dir", default=STYLES, help="folder of the style images beside the training images")
@@ -90,7 +90,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lmd", type=flags.share, default=0.3, help="lambda of Eq. 9: the target's share of the loss")
     net = p.add_argument_group("network")
     net.add_argument("-a", "--arch", choices=list(ARCHITECTURES), default="resnet50")
-    net.add_argument("--features", type=flags.natural, help="width of the embedding (4096 ECN, 1024 ide and camstyle)")
+    net.add_argument("--features", type=flags.up_to(65536, 0), 
+                     help="width of the embedding (4096 ECN, 1024 ide and camstyle)")
     net.add_argument("--dropout", type=flags.below_one, default=0.5)
     net.add_argument("--restore-from", default="imagenet", metavar="FILE|imagenet|none", help="initial weights")
     net.add_argument("--pixels", choices=list(PIXELS), help="pixel convention (default: the weights', else imagenet)")
@@ -102,16 +103,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("-s", "--source", default="msmt17", help="a folder below --data-dir, with labels")
     data.add_argument("-t", "--target", default="market", help="likewise; the labels of its training set play no part")
     data.add_argument("--data-dir", default="data", help="where the data sets lie")
-    data.add_argument("--height", type=flags.count, default=256)
-    data.add_argument("--width", type=flags.count, default=128)
+    data.add_argument("--height", type=flags.side, default=256)
+    data.add_argument("--width", type=flags.side, default=128)
     data.add_argument("--re", type=flags.share, default=0.5, help="chance of random erasing (0 for MSMT17 as target)")
     data.add_argument("--msmt-val", action=argparse.BooleanOptionalAction, default=True,
                       help="MSMT17's list_val trains too, as in the published counts")
-    data.add_argument("-j", "--workers", "--num-workers", dest="num_workers", type=flags.natural,
+    data.add_argument("-j", "--workers", "--num-workers", dest="num_workers", type=flags.workers,
                       default=min(4, os.cpu_count() or 1), help="loader processes of each data set")
     data.add_argument("--check-data", action="store_true", help="read every file, print counts, and leave")
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("-b", "--batch-size", type=flags.count, default=128, help="images of each domain and process")
+    opt.add_argument("-b", "--batch-size", type=flags.batch, default=128, help="images of each domain and process")
     opt.add_argument("--lr", "--learning-rate", dest="learning_rate", type=flags.amount, default=0.1, help="new layers")
     opt.add_argument("--lr-trunk", type=flags.amount, help="pretrained layers (default: a tenth of --lr)")
     opt.add_argument("--momentum", type=flags.below_one, default=0.9)
@@ -127,13 +128,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help="add the feature of the mirrored image")
     score.add_argument("--bn-stats", choices=["running", "target"], default="running",
                        help="target: re-estimate BN statistics on the target's training images before scoring")
-    score.add_argument("--lmp", type=flags.natural, default=0, help="maxima of that many horizontal parts (SPGAN)")
+    score.add_argument("--lmp", type=flags.up_to(64, 0), default=0, help="maxima of that many horizontal parts (SPGAN)")
     score.add_argument("--dist-metric", choices=["euclidean", "kissme"], default="euclidean",
                        help="kissme: a distance learnt from the source's training images")
     score.add_argument("--rerank", action="store_true", help="scores after k-reciprocal re-ranking too")
     p.conflict_handler = "resolve"  # the release's names for flags of the run
     run = flags.add_run(p)
-    run.add_argument("--logs-dir", "--snapshot-dir", dest="snapshot_dir", help="checkpoint, log (default: logs/METHOD)")
+    run.add_argument("--logs-dir", "--snapshot-dir", dest="snapshot_dir",
+                     help="checkpoint, log (default: logs/METHOD_SOURCE_TARGET)")
     run.add_argument("--print-freq", "--log-every", dest="log_every", type=flags.count, default=10)
     run.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from resume.pth, or FILE")
     known = p.parse_known_args(argv)[0]
@@ -145,7 +147,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.set_defaults(**{"save_pred_every": 1000, **METHODS[known.method], **preset})
     args = flags.parse(p, argv, DEMO)
     args.epochs_decay = args.epochs_decay or 40
-    args.snapshot_dir = args.snapshot_dir or f"logs/{args.method}"
+    args.snapshot_dir = args.snapshot_dir or f"logs/{args.preset or args.method}_{args.source}_{args.target}"
     args.lr_trunk = 0.1 * args.learning_rate if args.lr_trunk is None else args.lr_trunk
     if args.bn != "fixed" and 1 in (args.batch_size, args.camstyle):
         p.error("batch normalisation needs at least 2 images: raise -b and --camstyle, or take --bn fixed")
@@ -370,6 +372,8 @@ def train(args: argparse.Namespace) -> Session:
             "target": "none in training" if memory is None else
                       f"{len(images_t)} images of {args.target}, {len(target.cameras)} cameras, " + (
                           "real images only (camera styles add to the result)" if styles is None else "camera styles"),
+            "validation": f"{len(target.query)} queries, {len(target.gallery)} in the gallery" if validation else
+                          "none: the target has no query or no gallery",
             "style images": len(style_people) if style_people else "none in the source's batch",
             "batch": f"{args.batch_size} images of a domain x {run.world} processes, {epoch_steps} steps an epoch",
             "steps": f"{session.iteration} to {num_steps}"})

@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--low-memory", action="store_true", help="recomputed: run F twice, hold one graph at a time")
     net = flags.add_network(p)
     net.add_argument("--base", choices=["fcn8s", "deeplab"], default="fcn8s", help="F and C")
-    net.add_argument("--width", type=flags.scale, default=1.0, help="share of the channels of FCN-8s, G and D")
+    net.add_argument("--width", type=flags.width, default=1.0, help="share of the channels of FCN-8s, G and D")
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
     net.add_argument("--dropout", type=flags.below_one, default=0.5, help="after fc6 and fc7")
@@ -107,8 +107,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--lr-epochs", type=flags.natural, default=8,
                      help="passes over the source after which --lr falls to a tenth, again and again; 0: never")
     flags.add_run(p, aliases={"--snapshot-dir": "--logdir", "--eval-every": "--interval_validate"}, resume_file=True)
-    p.set_defaults(snapshot_dir="snapshots/gan_da", eval_every=500)
+    p.set_defaults(eval_every=500)
     args = flags.parse(p, argv, DEMO)
+    args.snapshot_dir = args.snapshot_dir or flags.run_folder(
+        "gan_da", args.source, args.target, source_only=args.method == "sourceonly", deeplab=args.base == "deeplab")
     for name, value in zip(("l1_weight", "adv_weight", "c_weight"), WEIGHTS[args.reduction], strict=True):
         if getattr(args, name) is None:
             setattr(args, name, value)

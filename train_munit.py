@@ -96,7 +96,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                 ("mlp-dim", 256, "MUNIT: width of the MLP"),
                                 ("dis-dim", 64, "channels of the first layer of D"), ("n-layer", 4, "layers of D"),
                                 ("num-scales", 3, "of D")):
-        net.add_argument(f"--{name}", type=flags.count, default=default, help=text)
+        kind = flags.layers if name.startswith("n") else flags.channels
+        net.add_argument(f"--{name}", type=kind, default=default, help=text)
     for name, choices, default in (("gen-activ", ACTIVATIONS, "relu"), ("gen-pad-type", PADDINGS, "reflect"),
                                    ("dis-activ", ACTIVATIONS, "lrelu"), ("dis-pad-type", PADDINGS, "reflect")):
         net.add_argument(f"--{name}", choices=list(choices), default=default)
@@ -107,13 +108,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--checkpoint-decoder", action="store_true",
                      help="compute the decoders' activations twice, to save memory")
     data = flags.add_domains(p)
-    data.add_argument("--new-size", type=flags.count, default=256, help="pixels of the short side")
-    data.add_argument("--new-size-a", type=flags.count, help="in domain A (default: --new-size)")
-    data.add_argument("--new-size-b", type=flags.count, help="in domain B (default: --new-size)")
-    data.add_argument("--crop-image-height", type=flags.count, default=256, help="pixels of a training crop")
-    data.add_argument("--crop-image-width", type=flags.count, default=256)
+    data.add_argument("--new-size", type=flags.side, default=256, help="pixels of the short side")
+    data.add_argument("--new-size-a", type=flags.side, help="in domain A (default: --new-size)")
+    data.add_argument("--new-size-b", type=flags.side, help="in domain B (default: --new-size)")
+    data.add_argument("--crop-image-height", type=flags.side, default=256, help="pixels of a training crop")
+    data.add_argument("--crop-image-width", type=flags.side, default=256)
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batch-size", type=flags.count, default=1, help="of each domain and process")
+    opt.add_argument("--batch-size", type=flags.batch, default=1, help="of each domain and process")
     opt.add_argument("--max-iter", type=flags.count, default=1000000)
     opt.add_argument("--lr", "--learning-rate", type=flags.amount, default=1e-4)
     opt.add_argument("--lr-policy", choices=["step", "constant"], default="step")

@@ -84,8 +84,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--num-steps", type=flags.count, help="steps instead of --epochs")
     opt.add_argument("--num-steps-stop", type=flags.count, help="steps instead of --epochs-stop (default: --num-steps)")
     flags.add_run(p)
-    p.set_defaults(snapshot_dir="snapshots/pixel_assoc", save_pred_every=1000, batch_size=2)
+    p.set_defaults(save_pred_every=1000, batch_size=2)
     args = flags.parse(p, argv, DEMO)
+    args.snapshot_dir = args.snapshot_dir or flags.run_folder(
+        "pixel_assoc", args.source, args.target, source_only=args.source_only,
+        **{args.arch: args.arch != p.get_default("arch")})
     args.aggregate = not args.source_only if args.aggregate is None else args.aggregate
     if args.resize_short[0] > args.resize_short[1]:
         p.error("--resize-short takes the minimum, then the maximum")
@@ -344,6 +347,9 @@ def train(args: argparse.Namespace) -> Session:
     else:
         sizes = args.crop_size, args.crop_size
         augment = [ShortSideCrop(args.crop_size, args.resize_short, pixels, args.random_mirror)] * 2
+    if min(*sizes[0], *sizes[1]) < 17:
+        raise UserError(f"cycles need images of at least 17x17, not {sizes[0]} and {sizes[1]}: choose a larger "
+                        "--input-size and --input-size-target, or --crop-size")
     test_size = args.test_size or args.input_size_target or (1460, 730)
     data = open_pair(
         source, target, *augment, val_set=args.val_set, num_classes=args.num_classes, seed=args.random_seed,

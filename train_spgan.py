@@ -96,13 +96,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--segmenter", metavar="CHECKPOINT", help="that segmenter, trained on the source")
     method.add_argument("--labelled", action="store_true", help="CyCADA: for A to B the source's labels instead")
     method.add_argument("--gan_mode", choices=["lsgan", "vanilla", "wgangp"], default="lsgan")
-    method.add_argument("--pool_size", type=flags.natural, default=50, help="former fakes for D; SPGAN: batches")
+    method.add_argument("--pool_size", type=flags.up_to(4096, 0), default=50, help="former fakes for D; SPGAN: batches")
     net = p.add_argument_group("networks")
     net.add_argument("--netG", choices=list(BLOCKS), default="resnet_9blocks")
     net.add_argument("--netD", choices=["basic", "n_layers"], default="basic", help="basic: three strided layers")
-    net.add_argument("--n_layers_D", type=flags.count, help="with --netD n_layers (3)")
-    net.add_argument("--ngf", type=flags.count, default=64, help="filters of G's first layer")
-    net.add_argument("--ndf", type=flags.count, default=64, help="filters of D's first layer")
+    net.add_argument("--n_layers_D", type=flags.layers, help="with --netD n_layers (3)")
+    net.add_argument("--ngf", type=flags.channels, default=64, help="filters of G's first layer")
+    net.add_argument("--ndf", type=flags.channels, default=64, help="filters of D's first layer")
     net.add_argument("--upsample", choices=["transposed", "resize"], default="transposed",
                      help="resize: nearest neighbours and a convolution, free of checkerboards")
     net.add_argument("--init_type", choices=["normal", "default"], help="N(0, --init_gain) or PyTorch's (SPGAN)")
@@ -115,7 +115,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--crop_size", type=side_or_size, help="side, or width,height (256; SPGAN 128,256)")
     data.add_argument("--no_flip", action="store_true", help="do not mirror images at random")
     opt = p.add_argument_group("optimisation")
-    opt.add_argument("--batch-size", "--batch_size", type=flags.count, help="pairs a process (1; SPGAN 8)")
+    opt.add_argument("--batch-size", "--batch_size", type=flags.batch, help="pairs a process (1; SPGAN 8)")
     opt.add_argument("--lr", type=flags.amount, default=2e-4)
     opt.add_argument("--beta1", type=flags.below_one, default=0.5, help="of Adam")
     opt.add_argument("--lr_policy", choices=["linear", "constant"], help="(linear; SPGAN constant)")
@@ -530,6 +530,8 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
     if args.init_type == "normal":
         for net in modules.values():
             init_normal(net, args.init_gain)
+    if args.resume and args.epoch != "latest" and not (folder / f"{args.epoch}_net_G_A.pth").exists():
+        raise UserError(f"--epoch {args.epoch}: there is no {folder}/{args.epoch}_net_G_A.pth")
     if args.resume and not (folder / "resume.pth").exists() and (folder / f"{args.epoch}_net_G_A.pth").exists():
         loaded = read_weights(modules, folder, args.epoch)
     modules |= {"M": nets.sia} if spgan else {}

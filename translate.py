@@ -39,6 +39,7 @@ from lib.models import cyclegan, translation
 from lib.models.segmenter import load_segmenter
 from lib.models.translation import MunitGenerator
 
+MIN_SIDE, MAX_SIDE = 16, 16384  # pixels of a picture; reflection padding at a quarter of the size needs as many
 MAX_TARGET = 500  # images of the target that --judge looks at
 
 
@@ -58,12 +59,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--out", "--output_folder", metavar="FOLDER", help="where the pictures go")
     how = p.add_argument_group("how")
     size = how.add_mutually_exclusive_group()
-    size.add_argument("--width", type=flags.count, help="images are resized to it before, and back after")
-    size.add_argument("--short-side", type=flags.count, help="likewise, for the shorter side")
+    size.add_argument("--width", type=flags.side, help="images are resized to it before, and back after")
+    size.add_argument("--short-side", type=flags.side, help="likewise, for the shorter side")
     size.add_argument("--file-size", action="store_true", help="images are translated as they are")
-    how.add_argument("--tile", type=flags.count, metavar="PIXELS",
+    how.add_argument("--tile", type=flags.side, metavar="PIXELS",
                      help="side of tiles, such as 512: the same result with less memory, in 1.3 times the time")
-    how.add_argument("--num-style", "--num_style", type=flags.count, default=1, help="MUNIT: sets to write")
+    how.add_argument("--num-style", "--num_style", type=flags.up_to(1000), default=1, help="MUNIT: sets to write")
     how.add_argument("--style", metavar="FILE|FOLDER", help="MUNIT: styles of pictures (default: random styles)")
     how.add_argument("--synchronized", action="store_true", help="MUNIT: the same styles for all files")
     how.add_argument("--seed", type=flags.seed, default=10, help="MUNIT: of the styles, which each file has its own of")
@@ -138,7 +139,7 @@ def load_translator(path: str | Path, a2b: bool) -> Translator:
     """The translator of any of the four methods' files, recognised by its keys. Raises UserError."""
     path = Path(path)
     state = checkpoint.load(path)
-    if not isinstance(state, Mapping):
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path} holds no networks")
     if isinstance(state.get("a"), Mapping) and isinstance(state.get("b"), Mapping):  # UNIT, MUNIT: both domains
         pair, meta = translation.read_pair(path)
@@ -146,7 +147,11 @@ def load_translator(path: str | Path, a2b: bool) -> Translator:
         gen = {d: translation.build_generator(pair[d], **how, source=f"{path} ({d})") for d in "ab"}
         here, there = (gen["a"], gen["b"]) if a2b else (gen["b"], gen["a"])
         munit = isinstance(there, MunitGenerator)
-        scale = ("short_side", meta["new_size"][0 if a2b else 1]) if "new_size" in meta else None
+        sizes = meta.get("new_size")
+        if sizes and not (isinstance(sizes, (list, tuple)) and len(sizes) == 2
+                          and all(type(n) is int and 0 < n <= MAX_SIDE for n in sizes)):
+            raise UserError(f"{path} says new_size = {sizes!r} of its training, which makes no sense")
+        scale = ("short_side", sizes[0 if a2b else 1]) if sizes else None
         return Translator("MUNIT" if munit else "UNIT", here.enc_content if munit else here.enc, there.dec, scale,
                           there if munit else None, here.stride)
     if isinstance(state.get("Ga"), Mapping) and isinstance(state.get("Gb"), Mapping):  # SPGAN's port: Gb maps A to B
@@ -161,7 +166,10 @@ def load_translator(path: str | Path, a2b: bool) -> Translator:
     if not any(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f"{path} holds no generator: its keys are {listed(list(weights))}")
     net = cyclegan.build_generator(cyclegan.from_release(weights), str(path))
-    scale = tuple(meta["scale"]) if meta.get("scale") else None
+    scale = meta.get("scale")
+    if scale and not (isinstance(scale, (list, tuple)) and len(scale) == 2 and scale[0] in ("width", "size")):
+        raise UserError(f"{path} says scale = {scale!r} of its training, which makes no sense")
+    scale = tuple(scale) if scale else None
     return Translator("SPGAN" if "model.1.bias" not in net.state_dict() else "CycleGAN", Same(), net, scale)
 
 
@@ -196,6 +204,9 @@ def translate_file(translator: Translator, path: Path, out: Path, style: Tensor 
     """One picture, written whole or not at all. Raises UserError."""
     image = read_image(path)
     size = translator.working_size(image.size)
+    if min(size) < MIN_SIDE or max(size) > MAX_SIDE:
+        raise UserError(f"{path}: at {size[0]}x{size[1]} it cannot be translated; sides of {MIN_SIDE} to {MAX_SIDE} "
+                        "pixels are possible: choose another --width or --short-side")
     x = run.place(to_symmetric(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))[None])
     with run.autocast():
         y = from_symmetric(translator(x, style, args.tile)[0])
@@ -225,6 +236,8 @@ def check_record(args: argparse.Namespace, out: Path, facts: dict, files: Sequen
     """Pictures of different calls must not mix. files: what this call will write. Raises UserError."""
     record = out / "translate.json"
     before = read_json(record) if record.exists() else None
+    if before is not None and not isinstance(before, dict):
+        raise UserError(f"{record} does not say what the pictures beside it are: choose another --out, or remove it")
     there = [file for file in files if file.exists()] if before != facts else []
     if there and not args.overwrite:
         differs = [f"{key} was {before.get(key)}, is {value}" for key, value in facts.items()

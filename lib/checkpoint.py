@@ -5,8 +5,10 @@ needs to be used again (pixel convention, class names, architecture) travels as 
 """
 from __future__ import annotations
 
+import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from lib.datasets.description import load_description
 from lib.datasets.transforms import PIXELS
-from lib.errors import UserError
+from lib.errors import UserError, shorten
 from lib.files import atomic_write
 from lib.models.deeplab import build
 from lib.models.fcn8s import FCN8s, from_vgg16
@@ -48,6 +50,8 @@ def load(path: str | Path) -> object:
     try:
         with open(path, "rb") as f:
             start = f.read(1)
+        if start == b"P" and not zipfile.is_zipfile(path):
+            raise ValueError("its end is missing")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken file
         if start not in (b"P", b"\x80", b""):  # of a zip archive, a pickle, an empty file
@@ -208,9 +212,12 @@ CHECKS = {
     "stride_on": lambda v: v in ("1x1", "3x3"), "align_corners": lambda v: isinstance(v, bool),
     "bn_stats": lambda v: v in ("running", "target", "both"), "task": lambda v: isinstance(v, str),
     "aggregate": lambda v: isinstance(v, (int, float)) and 0 <= v <= 1,
-    "width": lambda v: isinstance(v, (int, float)) and 0 < v <= 8, "padding": lambda v: v in ("released", "same"),
-    "size": lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
-    "classes": lambda v: isinstance(v, (list, tuple)) and all(isinstance(name, str) for name in v)}
+    "width": lambda v: isinstance(v, (int, float)) and 0 < v <= 4, "padding": lambda v: v in ("released", "same"),
+    "size": lambda v: isinstance(v, (list, tuple)) and len(v) == 2
+    and all(type(n) is int and 0 < n <= 16384 for n in v),
+    "classes": lambda v: isinstance(v, (list, tuple)) and all(isinstance(name, str) for name in v)
+    and len(set(v)) == len(v),
+    "model": lambda v: isinstance(v, str), "arch": lambda v: isinstance(v, str)}
 
 
 def open_network(path: str | Path, defaults: Mapping[str, object] | None = None,
@@ -222,7 +229,11 @@ def open_network(path: str | Path, defaults: Mapping[str, object] | None = None,
     not fill it, or has metadata that makes no sense.
     """
     weights, meta = read_weights(path)
-    known = {**CONVENTIONS, **(defaults or {}), **recognise(weights), **meta}
+    try:
+        recognised = recognise(weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    known = {**CONVENTIONS, **(defaults or {}), **recognised, **meta}
     for key, is_valid in CHECKS.items():
         if key in known and not is_valid(known[key]):
             raise UserError(f"checkpoint {path} says {key} = {known[key]!r} of its network, which makes no sense")
@@ -346,7 +357,7 @@ def load_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[t
         raise UserError(f"{path} is no resume file of this script")
     check_same_arguments(state["arguments"], arguments, set(may_differ))
     net, *others = modules
-    try:
+    with whole_run(path):
         net.load_state_dict(state["net"])
         for module, saved in zip(others, state["others"], strict=True):
             module.load_state_dict(saved)
@@ -356,9 +367,17 @@ def load_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[t
         torch.set_rng_state(state["rng"])
         if state.get("rng_gpu") is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["rng_gpu"])
-        int(state["iteration"])
-    except Exception as error:  # what an incomplete or edited file raises depends on what it lacks
-        raise UserError(f"{path} does not hold a whole run of this script ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0] if str(error) else 'nothing more is known'}). Use an older "
-                        "checkpoint with --restore-from, or start again in another --snapshot-dir") from None
+        if not 0 <= state["iteration"] < 2**53:
+            raise ValueError(f"iteration {state['iteration']}")
     return state
+
+
+@contextmanager
+def whole_run(path: Path) -> Iterator[None]:
+    """What is read from a resume file inside is there, and of the right kind. Raises UserError where it is not."""
+    try:
+        yield
+    except Exception as error:  # what an incomplete or edited file raises depends on what it lacks
+        reason = shorten(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+        raise UserError(f"{path} does not hold a whole run of this script ({reason}). Use an older checkpoint with "
+                        "--restore-from, or start again in another --snapshot-dir") from None

@@ -34,6 +34,24 @@ def atomic_write(path: str | Path, advice: str = "Free some space, or choose ano
             temporary.unlink()
 
 
+def make_folder(folder: str | Path, advice: str) -> None:
+    """Raises UserError, with ``advice``, where the folder cannot be made or written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"cannot write into {shorten(folder)}: {reason}. {advice}") from None
+    check_writable(Path(folder) / "probe", advice)
+
+
+def remove(path: str | Path, advice: str) -> None:
+    """Remove a file, if it is there. Raises UserError, with ``advice``, where that fails."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot replace {path}: {error.strerror}. {advice}") from None
+
+
 def check_writable(path: str | Path, advice: str = "Choose another name") -> None:
     """Raises UserError, with ``advice``, where a later atomic_write of ``path`` would fail: for use before the work."""
     path = Path(path)

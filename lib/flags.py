@@ -5,6 +5,9 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lib.errors import shorten
 
 
 def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
@@ -14,20 +17,24 @@ def _number(kind: type, fits: Callable[[float], bool], expected: str) -> Callabl
         except ValueError:
             value = math.nan  # fits nothing
         if not fits(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {shorten(text, 60)!r}")
         return value
     return parse
 
 
-count = _number(int, lambda n: 0 < n <= 10**9, "a whole number from 1 to 1000000000")
-natural = _number(int, lambda n: 0 <= n <= 10**9, "a whole number from 0 to 1000000000")
-batch = _number(int, lambda n: 0 < n <= 4096, "a whole number from 1 to 4096")
-workers = _number(int, lambda n: 0 <= n <= 256, "a whole number from 0 to 256")
-seed = _number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 4294967295")
-label = _number(int, lambda n: 0 <= n <= 255, "a whole number from 0 to 255")
+def up_to(highest: int, lowest: int = 1) -> Callable[[str], int]:
+    """The type of whole numbers from ``lowest`` to ``highest``: what would fill the memory is said before any work."""
+    return _number(int, lambda n: lowest <= n <= highest, f"a whole number from {lowest} to {highest}")
+
+
+count, natural = up_to(10**9), up_to(10**9, 0)
+batch, workers = up_to(4096), up_to(256, 0)
+side, channels, layers = up_to(16384), up_to(8192), up_to(64)
+seed, label = up_to(2**32 - 1, 0), up_to(255, 0)
 amount = _number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 positive = _number(float, lambda x: 0 < x < math.inf, "a number above 0")
 scale = _number(float, lambda x: 0.01 <= x <= 16, "a number from 0.01 to 16")
+width = _number(float, lambda x: 0 < x <= 4, "a number above 0 and at most 4")
 share = _number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 below_one = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
@@ -37,15 +44,16 @@ def scales(text: str) -> tuple[float, ...]:
     try:
         return tuple(map(scale, text.split(",")))
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected numbers from 0.01 to 16 such as 0.9,1.0,1.2, not {text!r}") \
-            from None
+        raise argparse.ArgumentTypeError("expected numbers from 0.01 to 16 such as 0.9,1.0,1.2, not "
+                                         f"{shorten(text, 60)!r}") from None
 
 
 def size(text: str) -> tuple[int, int]:
     """Two whole numbers from 1 to 16384. Raises argparse.ArgumentTypeError."""
     parts = text.split(",")
     if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part[:6]) <= 16384 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected two whole numbers from 1 to 16384 such as 1024,512, not {text!r}")
+        raise argparse.ArgumentTypeError("expected two whole numbers from 1 to 16384 such as 1024,512, not "
+                                         f"{shorten(text, 60)!r}")
     return int(parts[0]), int(parts[1])
 
 
@@ -77,6 +85,15 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[
     if "eval_every" in args:
         args.eval_every = args.eval_every or args.save_pred_every
     return args
+
+
+def run_folder(method: str, source: str, target: str, **variants: object) -> str:
+    """The default --snapshot-dir: snapshots/METHOD_VARIANTS_SOURCE_TARGET, so that no run meets another's folder.
+
+    variants: names of variants, each with whether the run is of it.
+    """
+    names = [method, *(name for name, used in variants.items() if used), Path(source).stem, Path(target).stem]
+    return f"snapshots/{'_'.join(names)}"
 
 
 def add_network(p: argparse.ArgumentParser, trained: bool = False) -> argparse._ArgumentGroup:
@@ -165,7 +182,8 @@ def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None
     names = {flag: [flag, *([aliases[flag]] if aliases and flag in aliases else [])]
              for flag in ("--snapshot-dir", "--eval-every")}
     group.add_argument("--demo", action="store_true", help="render a small pair of domains and show the method on it")
-    group.add_argument(*names["--snapshot-dir"], help="weights, resume file, log, pictures")
+    group.add_argument(*names["--snapshot-dir"],
+                       help="weights, resume file, log, pictures (default: named after the method and the data)")
     if resume_file:
         group.add_argument("--resume", nargs="?", const="", metavar="FILE",
                            help="go on from FILE, by default the snapshot folder's resume.pth")
@@ -176,7 +194,7 @@ def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None
     if evaluations:
         group.add_argument(*names["--eval-every"], type=count,
                            help="iterations between evaluations (default: as snapshots)")
-    group.add_argument("--save-num-images", type=natural, default=2, help="pictures at each evaluation")
+    group.add_argument("--save-num-images", type=up_to(1000, 0), default=2, help="pictures at each evaluation")
     group.add_argument("--log-every", type=count, default=10, help="iterations between log lines")
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
     group.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")

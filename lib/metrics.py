@@ -128,6 +128,7 @@ def iou_table(names: Sequence[str], confusions: Mapping[str, np.ndarray]) -> str
     Several matrices {label: confusion} stand side by side with their IoU; a single one is shown with recall, precision
     and the share of each class in the truth.
     """
+    corner = "in %" if len(confusions) == 1 else ""
     columns = {label: [*per_class_iou(c), mean_iou(c)] for label, c in confusions.items()}
     if len(confusions) == 1:
         (label, c), = confusions.items()
@@ -135,7 +136,7 @@ def iou_table(names: Sequence[str], confusions: Mapping[str, np.ndarray]) -> str
         columns = {label or "IoU": columns[label], "recall": _ratio(hit, truth), "precision": _ratio(hit, guess),
                    "share": _ratio(truth, truth.sum())}
     first = max(map(len, [*names, "mean"]))
-    lines = [" " * first + "".join(f"  {label:>9}" for label in columns)]
+    lines = [f"{corner:<{first}}" + "".join(f"  {label:>9}" for label in columns)]
     for n, name in enumerate([*names, "mean"]):
         cells = (f"{100 * values[n]:.2f}" if n < len(values) else "" for values in columns.values())
         lines.append(f"{name:<{first}}" + "".join(f"  {cell:>{max(9, len(label))}}"

@@ -24,6 +24,7 @@ from lib.models.deeplab import logits_of
 from lib.runtime import Run
 from lib.session import Log
 
+MAX_SIDE = 1 << 15  # pixels of an image that goes through a network
 
 class Views(NamedTuple):
     tensors: list[Tensor]   # float32 [3, h, w], one for each scale
@@ -48,8 +49,11 @@ class ViewSet(Dataset):
         image = read_image(self.images[index])
         size = self.size or image.size
         width, height = size if isinstance(size, tuple) else (image.width * size / image.height, size)
-        tensors = [to_tensor(resize(image, None, (round(width * s), round(height * s)))[0], self.pixels)
-                   for s in self.scales]
+        sizes = [(round(width * s), round(height * s)) for s in self.scales]
+        if not all(0 < n <= MAX_SIDE for size in sizes for n in size):
+            raise UserError(f"{self.images[index]} is {image.width}x{image.height}, and would be {max(sizes)[0]} "
+                            f"pixels wide and {max(sizes)[1]} high: give a --size width,height")
+        tensors = [to_tensor(resize(image, None, size)[0], self.pixels) for size in sizes]
         return Views(tensors, np.array(image), index)
 
 

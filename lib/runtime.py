@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lib.errors import UserError
 
 NOT_FINITE = "hold NaN or infinite values"  # in every message of lib.ops and csrc/ about such an input
+NO_MEMORY = "can't allocate memory"  # in PyTorch's message on a CPU
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,6 +38,12 @@ def cli(main: Callable[[list[str] | None], int | None]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: {error}. The weights are spoilt, or --amp fp16 overflows: go on from an "
               "older checkpoint with a lower --learning-rate, or with --amp off", file=sys.stderr, flush=True)
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and NO_MEMORY not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: out of memory: choose a smaller network, smaller images or a smaller batch",
+              file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 130

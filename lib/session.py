@@ -30,7 +30,7 @@ from tqdm import tqdm
 from lib import checkpoint, ops, runtime
 from lib.datasets.folder import endless
 from lib.errors import UserError
-from lib.files import atomic_write
+from lib.files import atomic_write, make_folder, remove
 from lib.flags import FREE_ARGUMENTS
 from lib.runtime import Run
 
@@ -81,6 +81,7 @@ class Session:
         return {**kept, "nproc_per_node": self.run.world}
 
     def _resume(self) -> None:
+        make_folder(self.folder, "Choose another --snapshot-dir")
         asked = self.args.resume           # True, a file's name, or False/None; "" is --resume without a name
         asked = asked is not None and asked is not False
         path = Path(self.args.resume) if isinstance(self.args.resume, str) and self.args.resume else self.resume_file
@@ -88,13 +89,11 @@ class Session:
             state = checkpoint.load_resume(path, list(self.modules.values()), self.optimizers, self.scaler,
                                            self._arguments(), self.free)
             self.iteration, self.last_good, self.resumed = state["iteration"], path, True
-            if self.validation is not None and state.get("validation"):
-                self.validation.load_state_dict(state["validation"])
-            for name, part in self.extra_state.items():
-                if name not in state.get("extra", {}):
-                    raise UserError(f"{path} lacks the state of '{name}': it is of another version of this script; "
-                                    "start again in another --snapshot-dir")
-                part.load_state_dict(state["extra"][name])
+            with checkpoint.whole_run(path):
+                if self.validation is not None and state.get("validation"):
+                    self.validation.load_state_dict(state["validation"])
+                for name, part in self.extra_state.items():
+                    part.load_state_dict(state["extra"][name])
         elif asked and path != self.resume_file:
             raise UserError(f"--resume {path}: no such file")
         elif asked:
@@ -104,7 +103,7 @@ class Session:
                             "--snapshot-dir, or replace it (--overwrite)")
         elif self.run.is_main:
             for name in ("resume.pth", "best.pth", "log.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
+                remove(self.folder / name, "Choose another --snapshot-dir")
         self.run.barrier()
 
     def header(self, rows: Mapping[str, object]) -> None:
@@ -252,7 +251,7 @@ class Passes:
         world, rank = self.run.world, self.run.rank
         turns = range(self.position, -(-length // world))
         items = iter(load([i for i in (n * world + rank for n in turns) if i < length]) if turns else ())
-        for n in turns:
+        for n in tqdm(turns, name, unit="image", leave=False, disable=None if self.run.is_main else True):
             if n * world + rank < length:
                 yield n * world + rank, next(items)
             self.position = n + 1
@@ -298,6 +297,7 @@ class Log:
             except ImportError as error:
                 raise UserError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") \
                     from None
+            make_folder(tensorboard, "Choose another --log-dir")
             self.writer = SummaryWriter(tensorboard, purge_step=iteration + 1)
 
     def expect(self, iteration: int, total: int) -> None:

@@ -130,7 +130,7 @@ def test_the_mean_is_added_from_the_first_class_to_the_last():
 def test_tables_show_one_run_in_full_or_several_side_by_side():
     confusion = np.array([[3, 1], [0, 4]])
     lines = iou_table(["road", "car"], {"IoU": confusion}).splitlines()
-    assert lines[0].split() == ["IoU", "recall", "precision", "share"]
+    assert lines[0].split() == ["in", "%", "IoU", "recall", "precision", "share"]
     assert lines[1].split() == ["road", "75.00", "75.00", "100.00", "50.00"]
     assert lines[-1].split() == ["mean", "77.50"]
     lines = iou_table(["road", "car"], {"source only": confusion, "adapted": np.diag([1, 0])}).splitlines()

@@ -280,7 +280,7 @@ BAD = {
 
 def test_a_folder_that_cannot_be_written(place):
     (place / "a_file").touch()
-    assert "--save a_file/maps: cannot be written" in refusal(place, *on_demo(place), "--save", "a_file/maps")
+    assert "cannot write into a_file/maps" in refusal(place, *on_demo(place), "--save", "a_file/maps")
 
 
 @pytest.mark.parametrize("case", BAD)

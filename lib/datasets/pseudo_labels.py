@@ -139,10 +139,10 @@ def load_prior(path: str | Path, classes: int) -> np.ndarray:
             prior = loadmat(path)["prior_array"]
         else:
             prior = np.load(path)["prior_array"]
+        prior = np.asarray(prior, np.float32)
     except Exception as error:  # NumPy and SciPy raise many kinds for a broken file
         raise UserError(f"--spatial-prior {path}: no prior can be read from it ({error}); it should be a .npz or "
                         ".mat file with prior_array, or 'build'") from None
-    prior = np.asarray(prior, np.float32)
     if prior.ndim != 3 or len(prior) != classes or not (np.isfinite(prior).all() and 0 <= prior.min() <= prior.max()
                                                         <= 1):
         raise UserError(f"--spatial-prior {path}: prior_array is {' x '.join(map(str, prior.shape))}; it should be "

@@ -167,7 +167,7 @@ def recognise(weights: Mapping[str, Tensor], source: object = "the checkpoint") 
     """Layout, depth, width of h and number of identities, from keys and shapes. Raises UserError."""
     for prefix, layout in (("base", IDNet), ("model", SPGANNet)):
         classifier = "classifier.weight" if layout is IDNet else "classifier.0.weight"
-        if f"{prefix}.conv1.weight" in weights and classifier in weights:
+        if f"{prefix}.conv1.weight" in weights and classifier in weights and weights[classifier].dim() == 2:
             arch = "resnet50" if f"{prefix}.layer1.0.conv3.weight" in weights else "resnet18"
             width = weights["feat.weight" if layout is IDNet else "model.fc.0.weight"].shape[0] \
                 if layout is SPGANNet or "feat.weight" in weights else 0

@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from lib.demo.streets.look import CLASSES, SOURCE, TARGET
 from lib.demo.streets.objects import compose
@@ -51,7 +52,7 @@ def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_
         root.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         for domain, count in counts.items():
-            for index in range(count):
+            for index in tqdm(range(count), f"rendering {domain}", leave=False, disable=None):
                 picture, label = render_view(domain, seed, index, size)
                 label = Image.fromarray(label)
                 if domain == "source":
