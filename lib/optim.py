@@ -47,8 +47,8 @@ class ReleasedSGD(torch.optim.Optimizer):
                 buf = group["momentum"] * buf + g
                 p = p - group["lr"] * buf
             # an absurd rate shall give an infinite loss, which the scripts report, not an overflowing conversion
-            most = torch.finfo(params[0].dtype).max
-            p, buf = np.clip(p, -most, most), np.clip(buf, -most, most)
+            largest = torch.finfo(params[0].dtype).max
+            p, buf = np.clip(p, -largest, largest), np.clip(buf, -largest, largest)
             old = torch._foreach_mul(buffers, p[1])
             torch._foreach_mul_(buffers, buf[1])
             torch._foreach_add_(buffers, params, alpha=buf[0])

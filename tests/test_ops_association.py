@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lib import ops
 from lib.ops.association import _contrast_softmax_, _ordered_dot, _product_argmax, _softmax_grad_
+from train_pixel_assoc import association
 
 KINDS = ["random", "clustered", "duplicates", "ties", "ranges"]
 
@@ -133,27 +134,6 @@ def test_wrong_arguments():
 
 # ---- the loss ----
 
-def direct_loss(x_s, x_t, y_s, metric, alpha, ignore_index=255):
-    """The paper's formulas with N x N matrices and autograd."""
-    def contrast(s):
-        return (s - s.mean(1, keepdim=True).detach()) / (s.std(1, keepdim=True).detach() + 1e-10)
-
-    def similarity(p, q):
-        if metric == "cos":
-            return F.normalize(p, dim=1) @ F.normalize(q, dim=1).t()
-        return p @ (q + 1e-10).log().t() - (p * (p + 1e-10).log()).sum(1, keepdim=True)
-
-    logs = []
-    for a, v, y in zip(x_s.flatten(2).mT, x_t.flatten(2).mT, y_s.flatten(1), strict=True):
-        s = similarity(v, v)
-        z = (1 - alpha) * v + alpha * (contrast(s) if metric == "cos" else s).softmax(1) @ v
-        p, q = contrast(similarity(a, z)).softmax(1), contrast(similarity(z, a)).softmax(1)
-        j, k = p.argmax(1), q.argmax(1)
-        rows = ((y == y[k[j]]) & (y != ignore_index)).nonzero()[:, 0]
-        logs.append((p[rows, j[rows]] * q[j[rows], k[j[rows]]]).log().clamp_min(-100))
-    return -torch.cat(logs).mean(), sum(map(len, logs))
-
-
 def maps(metric, shape_s, shape_t, dtype=torch.float64, classes=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     x_s, x_t = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in (shape_s, shape_t))
@@ -170,11 +150,13 @@ def maps(metric, shape_s, shape_t, dtype=torch.float64, classes=3, seed=0):
 def test_loss_and_gradients_equal_the_direct_form(backend, metric, alpha, shapes, monkeypatch):
     monkeypatch.setattr("lib.ops.association._PANEL_BYTES", 4096)  # several panels
     x_s, x_t, y = maps(metric, *shapes)
-    want, kept = direct_loss(x_s, x_t, y, metric, alpha)
-    grads = torch.autograd.grad(want, (x_s, x_t))
+    want = association(x_s, x_t, y, metric=metric, alpha=alpha)  # the paper's formulas with N x N matrices
+    grads = torch.autograd.grad(want.loss, (x_s, x_t))
     got = ops.cycle_association_loss(x_s, x_t, y, metric=metric, alpha=alpha)
-    assert got.kept.item() == kept > 0
-    torch.testing.assert_close(got.loss, want, rtol=1e-10, atol=0)
+    assert got.kept > 0
+    for g, w in zip(got[1:], want[1:], strict=True):
+        assert torch.equal(g, w)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-10, atol=0)
     for g, w in zip(torch.autograd.grad(got.loss, (x_s, x_t)), grads, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-10 * w.abs().max().item())
 
@@ -182,7 +164,7 @@ def test_loss_and_gradients_equal_the_direct_form(backend, metric, alpha, shapes
 @pytest.mark.parametrize("metric", ["cos", "kl"])
 def test_float32_is_as_good_as_the_direct_form(backend, metric):
     x_s, x_t, y = maps(metric, (2, 19, 21, 21), (2, 19, 15, 30))
-    want = torch.autograd.grad(direct_loss(x_s, x_t, y, metric, 0.5)[0], (x_s, x_t))
+    want = torch.autograd.grad(association(x_s, x_t, y, metric=metric, alpha=0.5).loss, (x_s, x_t))
     narrow = [x.detach().float().requires_grad_() for x in (x_s, x_t)]
     got = torch.autograd.grad(ops.cycle_association_loss(*narrow, y, metric=metric).loss, narrow)
     for g, w in zip(got, want, strict=True):
