@@ -18,18 +18,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench_ops import direct_loss  # noqa: E402
-
 import train_pixel_assoc as script  # noqa: E402
 from lib import ops  # noqa: E402
 from lib.models.deeplab import build  # noqa: E402
 from lib.runtime import Run, peak_memory  # noqa: E402
-
-
-def direct_association(x_s, x_t, y_s, *, metric, alpha, ignore_index):
-    loss = direct_loss(x_s, x_t, y_s, metric, alpha)
-    nowhere = torch.zeros(1, y_s.numel(), dtype=torch.int64, device=x_s.device)
-    return ops.CycleAssociation(loss, torch.tensor(1, device=x_s.device), nowhere.bool(), nowhere, nowhere)
 
 
 def step(form: str, size: tuple[int, int], arch: str, device: str) -> dict[str, float]:
@@ -55,12 +47,12 @@ def step(form: str, size: tuple[int, int], arch: str, device: str) -> dict[str, 
                 for _ in range(2))
     y_s = torch.randint(19, (1, size[1] // 32 + 1, size[0] // 32 + 1), device=device)
     y_s = y_s.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :size[1], :size[0]]
-    association = direct_association if form == "direct" else ops.cycle_association_loss
-    ops.cycle_association_loss = timed("association", association)
+    association = timed("association", script.ASSOCIATION[form])
     script.loss_ce, script.loss_lovasz = timed("L_ce", script.loss_ce), timed("L_lovasz", script.loss_lovasz)
     net.forward = timed("network forward, two images", net.forward)
     run = Run(torch.device(device), 0, 1, "off")
-    total, _ = timed("all of the forward pass", script.objective)(net, x_s, y_s, x_t, script.Weights(), run)
+    total, _ = timed("all of the forward pass", script.objective)(
+        net, x_s, y_s, x_t, script.Weights(), run, loss_asso=association)
     timed("backward pass", total.backward)()
     return {**seconds, "peak memory, GiB": peak_memory(run.device)}
 
