@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,19 +38,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from lib import checkpoint, flags, ops, predict, runtime
 from lib.datasets.description import Domain
 from lib.datasets.folder import DomainPair, ImageFolder, endless, open_pair
+from lib.datasets.prior import open_prior
 from lib.datasets.pseudo_labels import (
     IGNORE,
     PseudoLabels,
     complete_rounds,
-    load_prior,
     remove_rounds,
     reopen_round,
     write_list,
+    write_rounds,
     write_text,
 )
 from lib.datasets.transforms import to_tensor
@@ -64,7 +64,6 @@ from lib.optim import deeplab_sgd, set_poly_lr
 from lib.session import Passes, Session
 
 PASSES = ("score", "count", "refine", "label")  # of a round, over the validation set and then three times the target
-RELEASED_SIGMA = 70 / 6 / 1024  # of the spatial prior, in image heights: the paper's 70 x 70 kernel at 1024, cut at 3
 # --demo: settings for a ResNet-18 from random weights on the rendered pair; flags given override them.
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_cbst/{seed}", arch="resnet18", input_size=(192, 96),
             input_size_target=(192, 96), crop_size=(192, 96), learning_rate=5e-4, power=0.9, num_rounds=4, epr=2,
@@ -179,29 +178,6 @@ def soft_label(p: Tensor, thresholds: Tensor, alpha: float) -> tuple[Tensor, Ten
     ratio = (p / thresholds.reshape(-1, *[1] * (p.dim() - 1))) ** (1 / alpha)
     z = ratio.sum(0)
     return ratio / z.clamp(min=torch.finfo(p.dtype).tiny), z > 1
-
-
-def spatial_prior(labels: Iterable[np.ndarray], classes: int, size: tuple[int, int]) -> np.ndarray:
-    """q float32 [C, H, W] in 0..1: how often each class covers each pixel of the labels, smoothed (a Gaussian).
-
-    labels: class indices uint8, resized to ``size`` = (height, width) here; values from C on do not count.
-    """
-    from scipy.ndimage import gaussian_filter
-    q, count = np.zeros((classes, *size), np.float32), 0
-    for label in labels:
-        label = np.asarray(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
-        for c in np.unique(label[label < classes]):
-            q[c] += label == c
-        count += 1
-    for c in range(classes):
-        gaussian_filter(q[c], RELEASED_SIGMA * size[0], output=q[c], truncate=3)
-    return np.clip(q / max(count, 1), 0, 1)
-
-
-def balanced_prior(prior: Tensor) -> Tensor:
-    """The prior [C, H, W] with the same sum over the pixels for every class that occurs; its largest value is 1."""
-    prior = prior / prior.sum((1, 2), keepdim=True).clamp(min=torch.finfo(prior.dtype).tiny)
-    return prior / prior.max().clamp(min=torch.finfo(prior.dtype).tiny)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -465,21 +441,6 @@ def selection_report(classes: Sequence[str], thresholds: ops.Thresholds, predict
                      "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
 
 
-def write_rounds(reports: Sequence[Mapping], path: Path) -> None:
-    """rounds.jsonl: one line a round."""
-    lines = []
-    for report in reports:
-        line = {"iteration": report["round"]}
-        if report.get("mIoU") is not None:
-            line["mIoU"] = report["mIoU"]
-        if "predicted" in report:
-            line |= {"target portion": report["target_portion"], "labelled share": report["labelled_share"],
-                     "largest class": max(report["predicted"].values()) / sum(report["predicted"].values())}
-        line |= {f"IoU {name}": 100 * v for name, v in report.get("iou", {}).items() if v is not None}
-        lines.append(line)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -494,25 +455,6 @@ def open_data(args: argparse.Namespace) -> DomainPair:
         drawn = np.random.RandomState(args.random_seed).choice(len(data.target), args.subset, replace=False)
         data.target.images = [data.target.images[i] for i in sorted(drawn.tolist())]
     return data
-
-
-def open_prior(args: argparse.Namespace, data: DomainPair, folder: Path, run: runtime.Run) -> Tensor | None:
-    """The prior [C, H, W] at the size of the target's files, built once into ``folder``. Raises UserError."""
-    if not args.spatial_prior:
-        return None
-    with Image.open(data.target.images[0]) as image:
-        shape = image.height, image.width
-    path = folder / "prior.npz" if args.spatial_prior == "build" else Path(args.spatial_prior)
-    if args.spatial_prior == "build" and run.is_main and not (args.resume and path.exists()):
-        labels = (data.source.truth(i) for i in tqdm(range(len(data.source)), "prior", leave=False, disable=None))
-        with atomic_write(path) as new:
-            np.savez_compressed(new, prior_array=spatial_prior(labels, len(data.classes), shape))
-    run.barrier()
-    prior = torch.from_numpy(load_prior(path, len(data.classes)))
-    if prior.shape[1:] != shape:
-        raise UserError(f"--spatial-prior {path} is {prior.shape[2]}x{prior.shape[1]}, but the target's images are "
-                        f"{shape[1]}x{shape[0]}: build one for them with --spatial-prior build")
-    return balanced_prior(prior) if args.prior_norm == "class" else prior
 
 
 def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.Module, dict, str]:
@@ -593,7 +535,8 @@ def train(args: argparse.Namespace) -> Session:
     validation_views = None if data.validation is None else predict.ViewSet(
         data.validation.images, args.input_size_target, pixels, args.test_scales)
     with Image.open(data.target.images[0]) as image:
-        size = list(args.input_size_target or image.size)
+        file_size = image.size
+    size = list(args.input_size_target or file_size)
 
     def meta_of(_: int) -> dict[str, object]:
         return {"script": "train_cbst.py", "round": rounds.number, "task": args.target, "classes": list(data.classes),
@@ -631,13 +574,15 @@ def train(args: argparse.Namespace) -> Session:
         session.save()
 
     labels_of(0)  # refuses a folder that cannot hold a data set
-    built = args.spatial_prior == "build"
-    prior = None if built else open_prior(args, data, folder, run)  # a bad file is refused before anything is written
+    prior_of_run = partial(open_prior, args.spatial_prior, data.source, len(data.classes), file_size[::-1],
+                           args.prior_norm, folder / "prior.npz", rebuild=not args.resume, run=run)
+    # a bad file is refused before anything is written; a prior is built where the run may write
+    prior = None if args.spatial_prior == "build" else prior_of_run()
     last = args.num_rounds - 1
     with Session(run, args, folder, {"": net}, [optimizer], scaler=scaler, meta=meta_of,
                  extra_state={"rounds": rounds}, free={"num_rounds", "save_color", "cache_mb"}) as session:
-        if built:
-            prior = open_prior(args, data, folder, run)
+        if args.spatial_prior == "build":
+            prior = prior_of_run()
         session.header(header(args, run, data, known, loaded, schedule, rounds))
         if session.resumed:
             session.last_good = Path(weights_before(rounds.number))

@@ -30,6 +30,7 @@ from lib import checkpoint
 from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
 from lib.datasets.labels import read_indices, written_values
+from lib.datasets.prior import balanced_prior, spatial_prior
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.fcn8s import FCN8s
@@ -109,7 +110,7 @@ def test_variants(place, folder, in_process, variant):
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6] and [line["round"] for line in lines] == [
         0, 0, 0, 1, 1, 1]
     for line in lines:
-        assert list(line) == ["iteration", *losses, "round", "lr"] and all(0 < line[k] < 50 for k in losses)
+        assert list(line) == ["iteration", "round", *losses, "lr"] and all(0 < line[k] < 50 for k in losses)
     for number, labelled in ((0, 0.2), (1, 0.25)):
         found = report(folder, number)
         assert found["target_portion"] == labelled and 0.15 < found["labelled_share"] <= 1
@@ -268,14 +269,14 @@ def test_spatial_prior():
     """How often each class covers each pixel, smoothed; a constant map stays constant; saved and read again."""
     labels = [np.full((30, 40), c, np.uint8) for c in (0, 0, 1, 255)]
     labels[2][:, :20] = 2
-    prior = script.spatial_prior(iter(labels), 4, (60, 80))
+    prior = spatial_prior(iter(labels), 4, (60, 80))
     assert prior.shape == (4, 60, 80) and prior.dtype == np.float32
     np.testing.assert_allclose(prior[0], 0.5, rtol=1e-6)
     left = np.zeros((60, 80))
     left[:, :40] = 0.25
     np.testing.assert_allclose(prior[2], gaussian_filter(left, 60 * 70 / 6 / 1024, truncate=3), atol=1e-6)
     assert not prior[3].any() and prior.sum(0) == pytest.approx(0.75, rel=1e-5)
-    balanced = script.balanced_prior(torch.from_numpy(prior))
+    balanced = balanced_prior(torch.from_numpy(prior))
     sums = balanced.double().sum((1, 2))
     assert sums[0].item() == pytest.approx(sums[2].item(), rel=1e-4) and sums[3] == 0 and balanced.max() == 1
     torch.testing.assert_close(balanced[2] / balanced[2].max(), torch.from_numpy(prior[2] / prior[2].max()))

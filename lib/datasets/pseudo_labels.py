@@ -5,7 +5,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +100,21 @@ def write_list(images: Sequence[Path], root: Path, path: Path) -> None:
     write_text(path, "".join(f"{image.relative_to(root).as_posix()}\n" for image in images))
 
 
+def write_rounds(reports: Sequence[Mapping], path: Path) -> None:
+    """rounds.jsonl: one line a round."""
+    lines = []
+    for report in reports:
+        line = {"iteration": report["round"]}
+        if report.get("mIoU") is not None:
+            line["mIoU"] = report["mIoU"]
+        if "predicted" in report:
+            line |= {"target portion": report["target_portion"], "labelled share": report["labelled_share"],
+                     "largest class": max(report["predicted"].values()) / sum(report["predicted"].values())}
+        line |= {f"IoU {name}": 100 * v for name, v in report.get("iou", {}).items() if v is not None}
+        lines.append(line)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 # --- folders of rounds: N.partial is the round N at work, N a complete one --------------------------------------------
 
 
@@ -126,25 +141,3 @@ def reopen_round(folder: Path, number: int, run: Run) -> None:
     if run.is_main and (folder / str(number)).exists():
         os.replace(folder / str(number), folder / f"{number}.partial")
     run.barrier()
-
-
-# --- priors -----------------------------------------------------------------------------------------------------------
-
-
-def load_prior(path: str | Path, classes: int) -> np.ndarray:
-    """float32 [C, H, W] from ``prior_array`` in a .npz or MATLAB file. Raises UserError."""
-    try:
-        if str(path).endswith(".mat"):
-            from scipy.io import loadmat
-            prior = loadmat(path)["prior_array"]
-        else:
-            prior = np.load(path)["prior_array"]
-        prior = np.asarray(prior, np.float32)
-    except Exception as error:  # NumPy and SciPy raise many kinds for a broken file
-        raise UserError(f"--spatial-prior {path}: no prior can be read from it ({error}); it should be a .npz or "
-                        ".mat file with prior_array, or 'build'") from None
-    if prior.ndim != 3 or len(prior) != classes or not (np.isfinite(prior).all() and 0 <= prior.min() <= prior.max()
-                                                        <= 1):
-        raise UserError(f"--spatial-prior {path}: prior_array is {' x '.join(map(str, prior.shape))}; it should be "
-                        f"{classes} x height x width (one map for each class), with values 0..1")
-    return prior
