@@ -292,12 +292,12 @@ class Log:
         with atomic_write(path) as new:  # a process killed here loses no line
             new.write_text("".join(kept))
         if tensorboard is not None:
+            make_folder(tensorboard, "Choose another --log-dir")
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") \
                     from None
-            make_folder(tensorboard, "Choose another --log-dir")
             self.writer = SummaryWriter(tensorboard, purge_step=iteration + 1)
 
     def expect(self, iteration: int, total: int) -> None:
