@@ -210,8 +210,8 @@ __global__ void row_kernel(const T* s, int64_t row0, int64_t count, View<T> rows
   for (int64_t j = lane; j < cols.n; j += 32) top = max(top, p[j]);
   for (int step = 16; step; step /= 2) top = max(top, __shfl_xor_sync(kAll, top, step));
   const T limit = top - rows.margin[i];
-  double exact = rows.exact[i];
-  int64_t index = rows.index[i];
+  double exact = -INFINITY;
+  int64_t index = 0;
   for (int64_t j0 = 0; j0 < cols.n; j0 += 32) {
     const int64_t j = j0 + lane;
     unsigned hits = __ballot_sync(kAll, j < cols.n && p[j] >= limit && cols.first[j] == j);
@@ -220,7 +220,7 @@ __global__ void row_kernel(const T* s, int64_t row0, int64_t count, View<T> rows
       keep(exact, index, rescore(rows, i, cols, at, p[at], c, error, imprecise), at);
     }
   }
-  if (lane == 0) rows.exact[i] = exact, rows.index[i] = index;
+  if (lane == 0) keep(rows.exact[i], rows.index[i], exact, index);
 }
 
 // The panel's maxima by column, for each chunk of kChunkRows rows: top [chunks, cols].
