@@ -113,6 +113,8 @@ def test_label_maps_and_pseudo_labels(compiled, cuda):
         dtype = choose.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64])
         moderate = ["normal", "tiny", "constant", "duplicated", "integers", "nan", "inf", "-inf"]
         logits = values(choose, shape, dtype, moderate)
+        if not logits.isfinite().all():  # a smaller map need not read every pixel, and then may not notice
+            size = tuple(map(max, size, small))
         kwargs = {"align_corners": choose.random() < 0.5, "probabilities": choose.random() < 0.3}
         if choose.random() < 0.3:
             kwargs["flipped"] = values(choose, shape, dtype, moderate[:5])
@@ -133,8 +135,8 @@ def test_label_maps_and_pseudo_labels(compiled, cuda):
         if reference is ValueError:
             continue
         assert all(map(torch.equal, cpu, gpu)), (logits, kwargs, t)
-        torch.testing.assert_close(cpu[2], reference[2], rtol=1e-5, atol=1e-7)
-        assert cpu[3].sum() == reference[3].sum()
+        torch.testing.assert_close(cpu[2], reference[2], rtol=1e-5, atol=1e-6)  # differences of interpolated values
+        assert cpu[3][:, -1].sum() == reference[3][:, -1].sum()  # all pixels; classes may win by rounding
         if logits.isfinite().all():
             maps = [ops.upsample_argmax(logits, size, kwargs["align_corners"]),
                     *cuda.run(lambda to, logits=logits, size=size, kwargs=kwargs:
