@@ -30,11 +30,11 @@ def imagenet(seed: int = 0) -> torch.nn.Module:
     return net.double().eval()
 
 
-@pytest.mark.parametrize("size", [(64, 96), (65, 33)])
+@pytest.mark.parametrize("size", [(32, 48), (33, 17)])
 @pytest.mark.parametrize("model", ["DeeplabMulti", "DeeplabPixelAssoc"])
 def test_the_features_are_those_of_imagenets_network(model, size):
     """Every 2nd pixel of the stage of 96 channels, every 4th of the last: exactly torchvision's at stride 16 and 32."""
-    theirs, x = imagenet(), torch.randn(2, 3, *size, dtype=torch.float64)
+    theirs, x = imagenet(), torch.randn(1, 3, *size, dtype=torch.float64)
     weights, meta = checkpoint.from_torchvision(theirs.state_dict())
     net = build(model, 5, ARCH).double().eval()
     report = checkpoint.load_into(net, weights)
