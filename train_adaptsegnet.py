@@ -69,19 +69,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--freeze-bn", dest="is_training", action="store_false", help="the same as --no-is-training")
     net.add_argument("--bn-stats", choices=["running", "target"], default="running",
                      help="target: re-estimate BN statistics on the target before scoring")
-    data = flags.add_data(p)
-    data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
-    data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
-    data.add_argument("--ignore-label", type=flags.label, default=255,
-                      help="class index without loss; void labels get it")
-    opt = flags.add_optimisation(p)
+    flags.add_data(p, augmentation=True)
+    opt = flags.add_optimisation(p, sgd=True)
     opt.add_argument("--iter-size", type=flags.count, default=1, help="backward passes a step")
     opt.add_argument("--learning-rate-D", dest="learning_rate_D", type=flags.amount, default=1e-4)
     opt.add_argument("--num-steps", type=flags.count, default=250000, help="where the decay would reach 0")
     opt.add_argument("--num-steps-stop", type=flags.count,
                      help="where training ends (default: 150000, at most --num-steps)")
-    opt.add_argument("--sgd", choices=["released", "once"], default="released",
-                     help="released: the backbone's updates are repeated as in the release")
     flags.add_run(p)
     args = flags.parse(p, argv, DEMO)
     if args.model == "DeepLab":
@@ -279,8 +273,7 @@ def train(args: argparse.Namespace) -> Session:
             "batch": f"{args.batch_size * run.world * args.iter_size} pairs a step = {args.batch_size} x {run.world} "
                      f"processes x {args.iter_size} passes",
             "steps": f"{session.iteration} to {args.num_steps_stop}, SGD {args.sgd}"})
-        batches_s = session.batches(data.source, args.random_seed, args.iter_size)
-        batches_t = None if args.source_only else session.batches(data.target, args.random_seed + 1, args.iter_size)
+        pairs = session.pairs(data, args.random_seed, args.iter_size, args.source_only)
         set_train_mode(net, freeze_bn=not args.is_training)
         for i in session.steps(args.num_steps_stop):
             lr = set_poly_lr(optimizer, args.learning_rate, i, args.num_steps, args.power)
@@ -290,16 +283,10 @@ def train(args: argparse.Namespace) -> Session:
                 o.zero_grad()
             losses, names = [], []
             for _ in range(args.iter_size):
-                batch_s = next(batches_s)
-                names += batch_s.name
-                x_t = None
-                if batches_t is not None:
-                    batch_t = next(batches_t)
-                    x_t = run.place(batch_t.image)
-                    names += batch_t.name
-                losses.append(step(net, levels, run.place(batch_s.image), batch_s.label.to(run.device), x_t,
-                                   gan=args.gan, adapt=args.adapt, iter_size=args.iter_size, ignore=args.ignore_label,
-                                   run=run, scale=scaler.scale))
+                x_s, y_s, x_t, files = next(pairs)
+                names += files
+                losses.append(step(net, levels, x_s, y_s, x_t, gan=args.gan, adapt=args.adapt,
+                                   iter_size=args.iter_size, ignore=args.ignore_label, run=run, scale=scaler.scale))
             run.average_gradients(modules.values())
             for o in (optimizer, *optimizers_d):
                 scaler.step(o)

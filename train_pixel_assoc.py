@@ -22,24 +22,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, ops, predict, runtime, visual
+from lib import checkpoint, flags, ops, predict, runtime
 from lib.datasets.description import Domain
-from lib.datasets.folder import DomainPair, open_pair
-from lib.datasets.transforms import Augment, crop_or_pad, mirror, resize, to_tensor
+from lib.datasets.folder import open_pair
+from lib.datasets.transforms import Augment, ShortSideCrop
 from lib.demo.comparison import train_and_compare
 from lib.demo.streets import render_demo
 from lib.errors import UserError
-from lib.models.deeplab import build, set_train_mode, upsample
+from lib.models.deeplab import build, downsample, set_train_mode, upsample
 from lib.optim import deeplab_sgd, set_poly_lr
 from lib.runtime import as_float32
 from lib.session import Session
@@ -154,11 +151,6 @@ ASSOCIATION = {"fused": ops.cycle_association_loss, "direct": association}
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def downsample(label: Tensor, size: Sequence[int]) -> Tensor:
-    """Nearest: int64 [N, H, W] -> [N, *size]."""
-    return F.interpolate(label[:, None].double(), tuple(size), mode="nearest")[:, 0].long()
-
-
 def loss_ce(pred: Tensor, label: Tensor, ignore: int = 255, valid: Tensor | None = None) -> Tensor:
     """L_ce: cross-entropy of logits [N, C, H, W] with int64 [N, H, W], the mean over labelled pixels; 0 without any.
 
@@ -264,66 +256,6 @@ def step(net: nn.Module, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, weights: 
     return {key: value.detach() for key, value in values.items()}
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ShortSideCrop:
-    """Resize to a random short side within ``short`` (minimum, maximum), cut ``size`` (width, height) out, mirror.
-
-    Called as Augment is; an image smaller than ``size`` is padded.
-    """
-
-    size: tuple[int, int]
-    short: tuple[int, int]
-    pixels: str
-    random_mirror: bool = True
-    ignore: int = 255
-
-    def __call__(self, image: Image.Image, label: np.ndarray | None,
-                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        factor = rng.integers(self.short[0], self.short[1] + 1) / min(image.size)
-        image, label = resize(image, label, (round(image.width * factor), round(image.height * factor)))
-        if label is None:
-            label = np.full(image.size[::-1], self.ignore, np.uint8)
-        if self.random_mirror and rng.random() < 0.5:
-            image, label = mirror(image, label)
-        return crop_or_pad(to_tensor(image, self.pixels), torch.from_numpy(label.astype(np.int64)), self.size,
-                           tuple(rng.random(2)), self.ignore)
-
-
-@torch.no_grad()
-def right_associations(net: nn.Module, data: DomainPair, sizes: Sequence[tuple[int, int]], pixels: str, alpha: float,
-                       max_pairs: int, path: Path, run: runtime.Run) -> float:
-    """The share of kept associations that end in a pixel of the right class; nan where none ends in a labelled pixel.
-
-    They join up to ``max_pairs`` source and validation images of ``sizes`` (width, height), which are drawn with their
-    associations as lines into ``path``.
-    """
-    net, right, known, sheets = predict.prepare(net), 0, 0, []
-    for n in range(min(max_pairs, len(data.validation))):
-        pictures, labels, features = [], [], []
-        for folder, size in zip((data.source, data.validation), sizes, strict=True):
-            index = n * (len(folder) - 1) // max(max_pairs - 1, 1)
-            picture, label = resize(*folder.read(index), size)
-            feature = as_float32(net(to_tensor(picture, pixels)[None].to(run.device), return_features=True)[0])
-            pictures.append(picture)
-            features.append(feature)
-            labels.append(downsample(torch.from_numpy(label.astype(np.int64))[None], feature.shape[2:]))
-        found = ops.cycle_association_loss(*features, labels[0].to(run.device), alpha=alpha)
-        start = found.selected.flatten().nonzero().flatten().cpu()
-        end = found.forward[0].cpu()[start]
-        y_start, y_end = labels[0].flatten()[start], labels[1].flatten()[end]
-        is_known, is_right = y_end != 255, y_end == y_start
-        known, right = known + int(is_known.sum()), right + int(is_right[is_known].sum())
-        sheets.append(visual.draw_associations(
-            pictures, [feature.shape[2:] for feature in features], start.numpy(), end.numpy(),
-            data.palette[y_start.numpy()], (is_known & ~is_right).numpy()))
-    if run.is_main:
-        visual.save(visual.stack([[sheet] for sheet in sheets]), path)
-    return right / known if known else float("nan")
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -359,8 +291,8 @@ def train(args: argparse.Namespace) -> Session:
         raise SystemExit(0)
 
     # schedule
-    pairs = args.batch_size * run.world * args.iter_size
-    per_epoch = max(1, len(data.target) // pairs)
+    step_pairs = args.batch_size * run.world * args.iter_size
+    per_epoch = max(1, len(data.target) // step_pairs)
     epochs, epochs_stop = (10, 8) if source.name == "synthia" else (30, 28)
     num_steps = args.num_steps or (args.epochs or epochs) * per_epoch
     stop_at = args.num_steps_stop or (num_steps if args.num_steps or args.epochs and not args.epochs_stop
@@ -392,32 +324,25 @@ def train(args: argparse.Namespace) -> Session:
         session.header({
             "weights": loaded, "network": f"DeeplabPixelAssoc {args.arch}, {len(data.classes)} classes",
             "pixels": pixels, **data.summary(*sizes, target_trains=not args.source_only),
-            "batch": f"{pairs} pairs a step = {args.batch_size} x {run.world} processes x {args.iter_size} passes",
+            "batch": f"{step_pairs} pairs a step = {args.batch_size} x {run.world} processes x {args.iter_size} passes",
             "steps": f"{session.iteration} to {stop_at} of {num_steps}, {per_epoch} an epoch"})
-        batches_s = session.batches(data.source, args.random_seed, args.iter_size)
-        batches_t = None if args.source_only else session.batches(data.target, args.random_seed + 1, args.iter_size)
+        pairs = session.pairs(data, args.random_seed, args.iter_size, args.source_only)
         set_train_mode(net, args.freeze_bn)
         for i in session.steps(stop_at):
             lr = set_poly_lr(optimizer, args.learning_rate, i, num_steps, args.power)
             optimizer.zero_grad()
             losses, names = [], []
             for _ in range(args.iter_size):
-                batch_s = next(batches_s)
-                names += batch_s.name
-                x_t = None
-                if batches_t is not None:
-                    batch_t = next(batches_t)
-                    x_t = run.place(batch_t.image)
-                    names += batch_t.name
-                losses.append(step(net, run.place(batch_s.image), batch_s.label.to(run.device), x_t, terms, run,
-                                   iter_size=args.iter_size, loss_asso=ASSOCIATION[args.association],
-                                   scale=scaler.scale))
+                x_s, y_s, x_t, files = next(pairs)
+                names += files
+                losses.append(step(net, x_s, y_s, x_t, terms, run, iter_size=args.iter_size,
+                                   loss_asso=ASSOCIATION[args.association], scale=scaler.scale))
             run.average_gradients([net])
             scaler.step(optimizer)
             scaler.update()
             session.end_step(losses, names, lr=lr)
             if validation is not None and session.is_due(args.eval_every) and args.save_num_images:
-                right = right_associations(net, data, sizes, pixels, args.alpha, args.save_num_images,
+                right = predict.right_associations(net, data, sizes, pixels, args.alpha, args.save_num_images,
                                            folder / "pictures" / f"{i + 1}_associations.png", run)
                 session.log.scores(i + 1, {"right_associations": right})
     return session

@@ -117,7 +117,8 @@ def add_network(p: argparse.ArgumentParser, trained: bool = False) -> argparse._
     return group
 
 
-def add_data(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_data(p: argparse.ArgumentParser, augmentation: bool = False) -> argparse._ArgumentGroup:
+    """augmentation: the flags of lib.datasets.transforms.Augment too."""
     group = p.add_argument_group("data")
     group.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
     group.add_argument("--target", default="cityscapes", help="likewise")
@@ -132,6 +133,11 @@ def add_data(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--input-size", type=size,
                        help="width,height that source images are resized to (default: the description's)")
     group.add_argument("--input-size-target", type=size, help="width,height that target images are resized to")
+    if augmentation:
+        group.add_argument("--random-mirror", action="store_true", help="mirror images at random")
+        group.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
+        group.add_argument("--ignore-label", type=label, default=255,
+                           help="class index without loss; void labels get it")
     group.add_argument("--num-workers", type=workers, default=min(4, os.cpu_count() or 1),
                        help="loader processes of each data set")
     group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
@@ -163,13 +169,17 @@ def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_optimisation(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_optimisation(p: argparse.ArgumentParser, sgd: bool = False) -> argparse._ArgumentGroup:
+    """sgd: with the choice of lib.optim.deeplab_sgd's flavour."""
     group = p.add_argument_group("optimisation")
     group.add_argument("--batch-size", type=batch, default=1, help="pairs a process and backward pass")
     group.add_argument("--learning-rate", type=amount, default=2.5e-4, help="heads take 10 times as much")
     group.add_argument("--momentum", type=below_one, default=0.9)
     group.add_argument("--weight-decay", type=amount, default=5e-4)
     group.add_argument("--power", type=amount, default=0.9, help="of the polynomial decay")
+    if sgd:
+        group.add_argument("--sgd", choices=["released", "once"], default="released",
+                           help="released: the backbone's updates are repeated as in the release")
     return group
 
 

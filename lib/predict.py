@@ -20,8 +20,8 @@ from lib.datasets.pictures import read_image
 from lib.datasets.transforms import resize, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou
-from lib.models.deeplab import logits_of
-from lib.runtime import Run
+from lib.models.deeplab import downsample, logits_of
+from lib.runtime import Run, as_float32
 from lib.session import Log
 
 MAX_SIDE = 1 << 15  # pixels of an image that goes through a network
@@ -223,6 +223,38 @@ def pictures(nets: Mapping[str, nn.Module], data: DomainPair, size: tuple[int, i
     width = min(max(rows[0][0].width, 256), 480)
     key = visual.legend(data.classes, data.palette, len(rows[0]) * (width + 4) - 4)
     visual.save(visual.panel(rows, ["image", "truth", *nets], width, key=key), path)
+
+
+@torch.no_grad()
+def right_associations(net: nn.Module, data: DomainPair, sizes: Sequence[tuple[int, int]], pixels: str, alpha: float,
+                       max_pairs: int, path: Path, run: Run) -> float:
+    """The share of kept associations that end in a pixel of the right class; nan where none ends in a labelled pixel.
+
+    They join up to ``max_pairs`` source and validation images of ``sizes`` (width, height), which are drawn with their
+    associations as lines into ``path``.
+    """
+    net, right, known, sheets = prepare(net), 0, 0, []
+    for n in range(min(max_pairs, len(data.validation))):
+        pictures, labels, features = [], [], []
+        for folder, size in zip((data.source, data.validation), sizes, strict=True):
+            index = n * (len(folder) - 1) // max(max_pairs - 1, 1)
+            picture, label = resize(*folder.read(index), size)
+            feature = as_float32(net(to_tensor(picture, pixels)[None].to(run.device), return_features=True)[0])
+            pictures.append(picture)
+            features.append(feature)
+            labels.append(downsample(torch.from_numpy(label.astype(np.int64))[None], feature.shape[2:]))
+        found = ops.cycle_association_loss(*features, labels[0].to(run.device), alpha=alpha)
+        start = found.selected.flatten().nonzero().flatten().cpu()
+        end = found.forward[0].cpu()[start]
+        y_start, y_end = labels[0].flatten()[start], labels[1].flatten()[end]
+        is_known, is_right = y_end != 255, y_end == y_start
+        known, right = known + int(is_known.sum()), right + int(is_right[is_known].sum())
+        sheets.append(visual.draw_associations(
+            pictures, [feature.shape[2:] for feature in features], start.numpy(), end.numpy(),
+            data.palette[y_start.numpy()], (is_known & ~is_right).numpy()))
+    if run.is_main:
+        visual.save(visual.stack([[sheet] for sheet in sheets]), path)
+    return right / known if known else float("nan")
 
 
 class Validation:

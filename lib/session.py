@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib import checkpoint, ops, runtime
-from lib.datasets.folder import endless
+from lib.datasets.folder import DomainPair, endless
 from lib.errors import UserError
 from lib.files import atomic_write, make_folder, remove
 from lib.flags import FREE_ARGUMENTS
@@ -41,6 +41,15 @@ class Stateful(Protocol):
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> object: ...
+
+
+class PairBatch(NamedTuple):
+    """A batch of each domain, on the run's device."""
+
+    x_s: Tensor          # float32 [N, 3, H, W]
+    y_s: Tensor          # int64 [N, H, W]
+    x_t: Tensor | None   # float32 [N, 3, H, W]; None: source only
+    names: list[str]     # of the images of both
 
 
 class Session:
@@ -127,6 +136,16 @@ class Session:
         start = (self.iteration if start is None else start) * passes
         return endless(dataset, self.args.batch_size, self.args.num_workers, seed=seed, start=start,
                        rank=self.run.rank, world=self.run.world, pin=self.run.device.type == "cuda")
+
+    def pairs(self, data: DomainPair, seed: int, passes: int = 1, source_only: bool = False) -> Iterator[PairBatch]:
+        """``batches`` of both domains side by side."""
+        batches_t = None if source_only else self.batches(data.target, seed + 1, passes)
+        for batch in self.batches(data.source, seed, passes):
+            names, x_t = list(batch.name), None
+            if batches_t is not None:
+                batch_t = next(batches_t)
+                names, x_t = names + list(batch_t.name), self.run.place(batch_t.image)
+            yield PairBatch(self.run.place(batch.image), batch.label.to(self.run.device), x_t, names)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from PIL import Image
 from scripts import execute, logged, message, training
 
 import train_pixel_assoc as script
-from lib import checkpoint
+from lib import checkpoint, predict
 from lib.models.deeplab import build
 from lib.runtime import Run
 from lib.visual import draw_associations
@@ -105,7 +105,7 @@ def test_the_share_of_right_associations(shift, share, tmp_path):
     palette = np.array([[250, 0, 0], [0, 250, 0], [0, 0, 250]], np.uint8)
     data = SimpleNamespace(source=Still(image, label), validation=Still(image, other), palette=palette)
     path = tmp_path / "associations.png"
-    found = script.right_associations(net, data, [(64, 48), (64, 48)], "imagenet", 0.0, 2, path, ONE)
+    found = predict.right_associations(net, data, [(64, 48), (64, 48)], "imagenet", 0.0, 2, path, ONE)
     assert found == pytest.approx(share, nan_ok=True)
     drawn = np.asarray(Image.open(path)).reshape(-1, 3)
     assert all((drawn == colour).all(1).sum() > 64 for colour in palette), "lines in the colours of the classes"

@@ -107,4 +107,29 @@ class Augment:
         return x, y
 
 
+@dataclass(frozen=True)
+class ShortSideCrop:
+    """Resize to a random short side within ``short`` (minimum, maximum), cut ``size`` (width, height) out, mirror.
+
+    Called as Augment is. An image smaller than ``size`` is padded.
+    """
+
+    size: tuple[int, int]
+    short: tuple[int, int]
+    pixels: str
+    random_mirror: bool = True
+    ignore: int = 255
+
+    def __call__(self, image: Image.Image, label: np.ndarray | None,
+                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        factor = rng.integers(self.short[0], self.short[1] + 1) / min(image.size)
+        image, label = resize(image, label, (round(image.width * factor), round(image.height * factor)))
+        if label is None:
+            label = np.full(image.size[::-1], self.ignore, np.uint8)
+        if self.random_mirror and rng.random() < 0.5:
+            image, label = mirror(image, label)
+        return crop_or_pad(to_tensor(image, self.pixels), torch.from_numpy(label.astype(np.int64)), self.size,
+                           tuple(rng.random(2)), self.ignore)
+
+
 Transform = Callable[[Image.Image, "np.ndarray | None", np.random.Generator], tuple[Tensor, Tensor]]

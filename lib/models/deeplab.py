@@ -358,3 +358,8 @@ def logits_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 def upsample(pred: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
     """Bilinear, in at least float32: [N, C, h, w] -> [N, C, *size]."""
     return F.interpolate(as_float32(pred), tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def downsample(label: Tensor, size: Sequence[int], mode: str = "nearest") -> Tensor:
+    """Labels at the size of a feature map: int64 [N, H, W] -> [N, *size]. mode: or "nearest-exact", as Pillow does."""
+    return F.interpolate(label[:, None].double(), tuple(size), mode=mode)[:, 0].long()
