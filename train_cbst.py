@@ -26,39 +26,26 @@ eighth of the size fit --cache-mb.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from lib import checkpoint, flags, ops, predict, runtime
 from lib.datasets.description import Domain
-from lib.datasets.folder import DomainPair, ImageFolder, endless, open_pair
+from lib.datasets.folder import DomainPair, open_pair
 from lib.datasets.prior import open_prior
-from lib.datasets.pseudo_labels import (
-    IGNORE,
-    PseudoLabels,
-    complete_rounds,
-    remove_rounds,
-    reopen_round,
-    write_list,
-    write_rounds,
-    write_text,
-)
-from lib.datasets.transforms import to_tensor
+from lib.datasets.pseudo_labels import IGNORE, PseudoLabels, write_list
+from lib.datasets.rounds import Rounds, RoundSample, RoundSet
+from lib.datasets.transforms import RandomCrop
 from lib.demo.comparison import compare
+from lib.demo.start import train_start
 from lib.demo.streets import render_demo
 from lib.errors import UserError
-from lib.files import atomic_write
-from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou, selection_table
 from lib.models.deeplab import MODELS, build, logits_of, set_bn_affine, set_train_mode, upsample
 from lib.optim import deeplab_sgd, set_poly_lr
 from lib.session import Passes, Session
@@ -126,9 +113,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       help="whose logits are averaged for scores")
     data.add_argument("--score-flipping", action=argparse.BooleanOptionalAction, default=True,
                       help="average with the mirrored image for scores")
-    opt = flags.add_optimisation(p)
-    opt.add_argument("--sgd", choices=["released", "once"], default="released",
-                     help="released: the backbone's updates are repeated as in the release")
+    flags.add_optimisation(p, sgd=True)
     out = flags.add_run(p, aliases={"--snapshot-dir": "--save"}, evaluations=False)
     out.add_argument("--save-color", action="store_true", help="also pseudo_labels_color: every label in colours")
     out.add_argument("--cache-mb", type=flags.natural, default=64,
@@ -223,131 +208,14 @@ def step(net: nn.Module, x: Tensor, label: Tensor, on_target: Tensor, *, mr_weig
     return losses
 
 
-# --- training data of a round -----------------------------------------------------------------------------------------
-
-
-class Crop(NamedTuple):
-    """What random_crop returns; rows and cols are the places in the label file of the crop's pixels."""
-
-    image: Tensor     # float32 [3, h, w]
-    label: Tensor     # int64 [h, w]
-    rows: np.ndarray  # int64, at most h
-    cols: np.ndarray  # int64, at most w
-
-
-def random_crop(image: Image.Image, label: np.ndarray, rng: np.random.Generator, *, working: tuple[int, int] | None,
-            crop: tuple[int, int], pixels: str, scale: bool, mirrored: bool, mine: Sequence[int] = (),
-            mine_chance: float = 0.0, ignore: int = 255) -> Crop:
-    """A training crop (width, height) of an image of the ``working`` size (None: its own) at a random scale.
-
-    With chance ``mine_chance``, where the label holds a class of ``mine``, one such class and one of its pixels are
-    drawn, and the crop is centred there, shifted back inside. Images smaller than the crop are padded.
-    """
-    factor = rng.integers(5, 16) / 10 if scale else 1.0
-    w, h = (max(1, round(n * factor)) for n in working or image.size)
-    (height, width), (cw, ch) = label.shape, crop
-    room_x, room_y = max(w - cw, 0), max(h - ch, 0)
-    x, y = rng.integers(room_x + 1), rng.integers(room_y + 1)
-    present = [c for c in mine if (label == c).any()]
-    if present and rng.random() < mine_chance:
-        place = rng.choice(np.flatnonzero(label == rng.choice(present)))
-        x = np.clip(round((place % width + 0.5) * w / width - cw / 2), 0, room_x)
-        y = np.clip(round((place // width + 0.5) * h / height - ch / 2), 0, room_y)
-    n, m = min(cw, w), min(ch, h)
-    step_x, step_y = image.width / w, image.height / h
-    picture = image.resize((n, m), Image.Resampling.BICUBIC,
-                           box=(x * step_x, y * step_y, min((x + n) * step_x, image.width),
-                                min((y + m) * step_y, image.height)))
-    rows = ((np.arange(y, y + m) + 0.5) * height / h).astype(np.int64)
-    cols = ((np.arange(x, x + n) + 0.5) * width / w).astype(np.int64)
-    content = to_tensor(picture, pixels)
-    if mirrored and rng.random() < 0.5:
-        content, cols = content.flip(2), cols[::-1].copy()
-    out = torch.full((ch, cw), ignore, dtype=torch.int64)
-    out[:m, :n] = torch.from_numpy(label[rows[:, None], cols].astype(np.int64))
-    return Crop(F.pad(content, (0, cw - n, 0, ch - m)), out, rows, cols)
-
-
-def probabilities_at(logits: Tensor, size: tuple[int, int], rows: np.ndarray, cols: np.ndarray,
-                     prior: Tensor | None = None) -> Tensor:
-    """Probabilities [C, rows, cols] at some rows and columns of a label map (height, width), as lib.ops has them.
-
-    logits [1 or 2, C, h, w]: of the image and, if two, of its mirror image, of which the mean is taken.
-    """
-    def lines(places: np.ndarray, length: int, n: int) -> Tensor:  # interpolation as a matrix [places, n]
-        at = torch.from_numpy(places.copy()).double() * (n - 1) / max(length - 1, 1)
-        low = at.floor().clamp(max=max(n - 2, 0)).long()
-        matrix = torch.zeros(len(places), n, dtype=torch.float64).scatter_(1, low[:, None], (1 - (at - low))[:, None])
-        high = (low + 1).clamp(max=n - 1)
-        return matrix.scatter_add_(1, high[:, None], (at - low)[:, None]).to(logits.dtype)
-
-    (height, width), (h, w) = size, logits.shape[2:]
-    p = 0.0
-    for image, columns in zip(logits, (cols, width - 1 - cols), strict=False):
-        up = lines(rows, height, h) @ image @ lines(columns, width, w).T
-        p = p + up.softmax(0) / len(logits)
-    return p if prior is None else p * prior[:, torch.from_numpy(rows.copy())[:, None], torch.from_numpy(cols.copy())]
-
-
-class Sample(NamedTuple):
-    image: object      # float32 [3, H, W]; in a batch [N, 3, H, W]
-    label: object      # int64 [H, W], or float32 [C, H, W] where labels are soft
-    on_target: object  # 1.0 target, 0.0 source
-    name: str
-
-
-class RoundSet(Dataset):
-    """Source images ``chosen`` and all pseudo-labelled target images, as crops; item (index, draw), draw the seed.
-
-    soft: (folder of logits, thresholds [C], alpha, prior or None) for LRENT.
-    """
-
-    def __init__(self, source: ImageFolder, chosen: Sequence[int], target: ImageFolder | None, crop: Mapping,
-                 sizes: tuple, mine: Sequence[int], mine_chance: float, seed: Sequence[int], soft: tuple | None = None):
-        self.source, self.chosen, self.target, self.crop, self.sizes = source, list(chosen), target, crop, sizes
-        self.mine, self.mine_chance, self.seed, self.soft = mine, mine_chance, list(seed), soft
-
-    def __len__(self) -> int:
-        return len(self.chosen) + (0 if self.target is None else len(self.target))
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        index, draw = key
-        rng, on_target = np.random.default_rng([*self.seed, draw]), index >= len(self.chosen)
-        folder, index = (self.target, index - len(self.chosen)) if on_target else (self.source, self.chosen[index])
-        image, label = folder.read(index)
-        found = random_crop(image, label, rng, working=self.sizes[on_target], **self.crop,
-                        mine=self.mine if on_target else (), mine_chance=self.mine_chance)
-        y = found.label
-        if self.soft is not None:
-            logits, thresholds, alpha, prior = self.soft
-            kept = y != IGNORE
-            soft = torch.zeros(len(thresholds), *y.shape).scatter_(0, (y * kept)[None], 1.0)
-            if on_target:
-                stored = torch.from_numpy(np.load(logits / f"{index}.npy"))
-                p = probabilities_at(stored, label.shape, found.rows, found.cols, prior)
-                soft[:, :len(found.rows), :len(found.cols)] = soft_label(p, thresholds, alpha)[0]
-            y = soft * kept
-        return Sample(found.image, y, float(on_target), folder.images[index].stem)
-
-
 # --- the passes of a round --------------------------------------------------------------------------------------------
 
 
-class Labelling(NamedTuple):
-    """How the target is labelled: the network in its fast form, the images, and what --help says of the rest."""
-
-    net: nn.Module
-    views: predict.ViewSet
-    prior: Tensor | None
-    portion: float
-    args: argparse.Namespace
-    run: runtime.Run
-    cache: dict
-
-    def load(self, indices: list[int]) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """((height, width) of the file, logits [1 or 2, C, h, w]) of each image."""
-        return predict.image_logits(self.net, self.views, indices, self.run, flip=self.args.test_flipping,
-                                    workers=self.args.num_workers, cache=self.cache, room=self.args.cache_mb << 20)
+def new_counts(classes: int, device: torch.device) -> dict[str, Tensor]:
+    """What the passes count."""
+    return {"hist": ops.new_histogram(classes, device), "fine": ops.new_histogram(classes, device, fine=True),
+            "scored": torch.zeros(classes, classes, dtype=torch.int64, device=device),
+            "labelled": torch.zeros(256, dtype=torch.int64, device=device)}
 
 
 def score(net: nn.Module, data: DomainPair, views: predict.ViewSet, passes: Passes, run: runtime.Run, *, flip: bool,
@@ -356,53 +224,52 @@ def score(net: nn.Module, data: DomainPair, views: predict.ViewSet, passes: Pass
     load = partial(predict.load_views, views, workers=workers)
     for index, item in passes.over("score", len(views), load):
         label = predict.predict(net, item.tensors, item.image.shape[1::-1], run, flip=flip)
-        passes.counts["scored"] += score_label(label, data.validation.truth(index), len(data.classes),
-                                               data.task.ignore)
+        confusion = predict.confusion_of(label.cpu().numpy(), data.validation, index)
+        passes.counts["scored"] += torch.from_numpy(confusion).to(run.device)
     return run.sum(passes.counts["scored"]).cpu()
 
 
-def choose_thresholds(how: Labelling, passes: Passes, require_diverse: Callable[[Tensor], None]
-                      ) -> tuple[ops.Thresholds | None, Tensor | None]:
+def choose_thresholds(images: predict.Logits, prior: Tensor | None, passes: Passes, target_portion: float,
+                      require_diverse: Callable[[Tensor], None], run: runtime.Run, *, kc_policy: str, kc_value: str,
+                      ds_rate: int) -> tuple[ops.Thresholds | None, Tensor | None]:
     """Passes "count" and "refine", Zou et al., algorithm 2: the k-th largest confidence of each class.
 
     Returns (thresholds, predicted pixels [C]), or None in place of what a stop request prevented.
     """
-    args, run = how.args, how.run
-    options = dict(prior=how.prior, ds_rate=args.ds_rate, value=args.kc_value)
-    threshold = partial(ops.select_threshold, portion=how.portion, pooled=args.kc_policy == "global")
-    for index, (shape, logits) in passes.over("count", len(how.views), how.load):
-        if how.prior is not None and how.prior.shape[1:] != shape:
-            raise UserError(f"{how.views.images[index]} is {shape[1]}x{shape[0]}, the spatial prior "
-                            f"{how.prior.shape[2]}x{how.prior.shape[1]}: target images must have its size")
-        ops.confidence_histogram_(passes.counts["hist"], logits[0], shape, flipped=mirrored(logits), **options)
+    options = dict(prior=None if prior is None else prior.to(run.device), ds_rate=ds_rate, value=kc_value)
+    threshold = partial(ops.select_threshold, portion=target_portion, pooled=kc_policy == "global")
+    for index, (size, logits) in passes.over("count", len(images), images):
+        if prior is not None and prior.shape[1:] != size:
+            raise UserError(f"{images.views.images[index]} is {size[1]}x{size[0]}, the spatial prior "
+                            f"{prior.shape[2]}x{prior.shape[1]}: target images must have its size")
+        ops.confidence_histogram_(passes.counts["hist"], logits[0], size, flipped=mirrored(logits), **options)
     if passes.leaving:
         return None, None
     counted = run.sum(passes.counts["hist"])
     predicted, bins = ops.predicted_pixels(counted), threshold(counted).bins
     del counted  # 2 MiB a class
     require_diverse(predicted)
-    for _, (shape, logits) in passes.over("refine", len(how.views), how.load):
-        ops.refine_histogram_(passes.counts["fine"], bins, logits[0], shape, flipped=mirrored(logits), **options)
+    for _, (size, logits) in passes.over("refine", len(images), images):
+        ops.refine_histogram_(passes.counts["fine"], bins, logits[0], size, flipped=mirrored(logits), **options)
     if passes.leaving:
         return None, predicted
     return threshold(run.sum(passes.counts["hist"]), fine=run.sum(passes.counts["fine"])), predicted
 
 
-def write_labels(how: Labelling, passes: Passes, thresholds: Tensor, files: PseudoLabels) -> Tensor:
+def write_labels(images: predict.Logits, prior: Tensor | None, passes: Passes, thresholds: Tensor, files: PseudoLabels,
+                 run: runtime.Run, *, lr_weight_ent: float, save_color: bool) -> Tensor:
     """Pass "label": argmax_c p_c / t_c where it is at least 1, into ``files``. Returns the pixels [256] by label."""
-    for index, (shape, logits) in passes.over("label", len(how.views), how.load):
-        if how.args.lr_weight_ent:
-            (files.work / "logits").mkdir(parents=True, exist_ok=True)
-            with atomic_write(files.work / f"logits/{index}.npy") as new:
-                np.save(new, logits.cpu().numpy())
-            prior = None if how.prior is None else how.prior.cpu()
-            label = soft_selection(logits.cpu(), shape, thresholds.cpu(), how.args.lr_weight_ent, prior)
+    prior_on_device = None if prior is None else prior.to(run.device)
+    for index, (size, logits) in passes.over("label", len(images), images):
+        if lr_weight_ent:
+            files.write_logits(index, logits)
+            label = soft_selection(logits.cpu(), size, thresholds.cpu(), lr_weight_ent, prior)
         else:
-            label = ops.pseudo_label(logits[0], thresholds, shape, flipped=mirrored(logits), prior=how.prior)
+            label = ops.pseudo_label(logits[0], thresholds, size, flipped=mirrored(logits), prior=prior_on_device)
         label = label.cpu().numpy()
-        passes.counts["labelled"] += torch.from_numpy(np.bincount(label.ravel(), minlength=256)).to(how.run.device)
-        files.write(index, label, how.args.save_color)
-    return how.run.sum(passes.counts["labelled"])
+        passes.counts["labelled"] += torch.from_numpy(np.bincount(label.ravel(), minlength=256)).to(run.device)
+        files.write(index, label, save_color)
+    return run.sum(passes.counts["labelled"])
 
 
 def soft_selection(logits: Tensor, size: tuple[int, int], thresholds: Tensor, alpha: float,
@@ -410,16 +277,16 @@ def soft_selection(logits: Tensor, size: tuple[int, int], thresholds: Tensor, al
     """LRENT's hard form: argmax_c p_c / t_c, 255 where soft_label does not select; uint8 [H, W]."""
     bands = []
     for rows in np.array_split(np.arange(size[0]), -(-size[0] // 64)):  # all rows at once would be a softmax map
-        p = probabilities_at(logits, size, rows, np.arange(size[1]), prior)
+        p = ops.probabilities_at(logits, size, rows, np.arange(size[1]), prior)
         label = (p / thresholds[:, None, None]).argmax(0)
         bands.append(label.where(soft_label(p, thresholds, alpha)[1], IGNORE).to(torch.uint8))
     return torch.cat(bands)
 
 
-def score_label(label: Tensor, truth: np.ndarray, classes: int, ignore: int) -> Tensor:
-    """Confusion matrix int64 [C, C] of one predicted label map, at the size of its truth, on the label's device."""
-    resized = Image.fromarray(label.cpu().numpy()).resize(truth.shape[::-1], Image.Resampling.NEAREST)
-    return torch.from_numpy(confusion_matrix(truth, np.asarray(resized), classes, ignore)).to(label.device)
+def soft_labels_at(files: PseudoLabels, thresholds: Tensor, alpha: float, prior: Tensor | None, index: int,
+                   size: tuple[int, int], rows: np.ndarray, cols: np.ndarray) -> Tensor:
+    """LRENT's soft labels [C, rows, cols] of one image, from the logits that were kept of it."""
+    return soft_label(ops.probabilities_at(files.read_logits(index), size, rows, cols, prior), thresholds, alpha)[0]
 
 
 def mirrored(logits: Tensor) -> Tensor | None:
@@ -427,34 +294,29 @@ def mirrored(logits: Tensor) -> Tensor | None:
     return logits[1] if len(logits) > 1 else None
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
-
-
-def selection_report(classes: Sequence[str], thresholds: ops.Thresholds, predicted: Tensor, labelled: Tensor, *,
-                     rare_cls_num: int, mine_port: float) -> dict[str, object]:
-    """What a round selected, by class name. predicted: pixels [C]; labelled: pixels [256] by label."""
-    rare, mine = rare_classes(predicted, rare_cls_num, mine_port)
-    report = {key: dict(zip(classes, values.tolist(), strict=True)) for key, values in (
-        ("thresholds", thresholds.value), ("selected", thresholds.selected), ("predicted", predicted),
-        ("labelled", labelled[:len(classes)]))}
-    return report | {"labelled_share": sum(report["labelled"].values()) / int(labelled.sum()),
-                     "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def open_data(args: argparse.Namespace) -> DomainPair:
+def open_data(args: argparse.Namespace, run: runtime.Run) -> DomainPair:
+    """The checked data sets of a run, whose target may be a subset; with --check-data the end."""
     source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
     target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target)
     data = open_pair(source, target, None, None, val_set=args.val_set, num_classes=args.num_classes, ignore=IGNORE,
                      check_all=args.check_data, allow_overlap=args.allow_overlap)
     if args.subset is not None:
-        if args.subset > len(data.target):
-            raise UserError(f"--subset {args.subset}: the target has {len(data.target)} images")
-        drawn = np.random.RandomState(args.random_seed).choice(len(data.target), args.subset, replace=False)
-        data.target.images = [data.target.images[i] for i in sorted(drawn.tolist())]
+        data.target.draw_subset(args.subset, args.random_seed)
+    if args.check_data:
+        run.say(f"all files of {args.source} and {args.target} are fine")
+        raise SystemExit(0)
     return data
+
+
+def schedule(args: argparse.Namespace, sources: int, targets: int, world: int) -> tuple[list[list[int]], list[int]]:
+    """(the source images, the steps) of each round, for ``sources`` and ``targets`` images in all."""
+    shares = [portion(args.init_src_port, args.src_port_step, args.max_src_port, r) for r in range(args.num_rounds)]
+    chosen = [source_sample(sources, share, args.random_seed, r, args.src_sampling_policy)
+              for r, share in enumerate(shares)]
+    return chosen, [max(1, args.epr * (len(images) + targets) // (args.batch_size * world)) for images in chosen]
 
 
 def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.Module, dict, str]:
@@ -470,189 +332,114 @@ def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.M
     return net, known, f"{args.restore_from}: {report}"
 
 
-class Schedule(NamedTuple):
-    """Source images and training steps of each round."""
-
-    args: argparse.Namespace
-    sources: int   # images of the source
-    targets: int   # images to label
-    world: int
-
-    def source_images(self, r: int) -> list[int]:
-        """Places of the source images of round r."""
-        args = self.args
-        share = portion(args.init_src_port, args.src_port_step, args.max_src_port, r)
-        return source_sample(self.sources, share, args.random_seed, r, args.src_sampling_policy)
-
-    def target_portion(self, r: int) -> float:
-        return portion(self.args.init_tgt_port, self.args.tgt_port_step, self.args.max_tgt_port, r)
-
-    def steps(self, r: int) -> int:
-        images = len(self.source_images(r)) + self.targets
-        return max(1, self.args.epr * images // (self.args.batch_size * self.world))
-
-    def steps_before(self, r: int) -> int:
-        return sum(map(self.steps, range(r)))
-
-
-class Rounds:
-    """How far a run has come. A round is labelled (stage "label"), then trained on (stage "train")."""
-
-    def __init__(self):
-        self.number, self.stage = 0, "label"
-        self.reports: list[dict] = []         # of the rounds that were labelled, or at the end only scored
-        self.confusion: Tensor | None = None  # of the network that entered the last one, on the validation set
-
-    def state_dict(self) -> dict:
-        return vars(self)
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
-
-
 def train(args: argparse.Namespace) -> Session:
     """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
     folder = Path(args.snapshot_dir)
-    data = open_data(args)
-    if args.check_data:
-        run.say(f"all files of {args.source} and {args.target} are fine")
-        raise SystemExit(0)
-
+    data = open_data(args, run)
     if args.is_training and min(args.crop_size) < 17:
         raise UserError(f"--is-training needs crops of at least 17x17 for BN statistics, not {args.crop_size}: choose "
                         "a larger --crop-size")
+
+    # network and optimiser
     net, known, loaded = open_network(args, data.classes)
     pixels = known["pixels"]
     set_bn_affine(net, args.bn_affine == "train")
     net = run.place_net(net, sync_bn=args.is_training, compiled=args.compile)
     optimizer = deeplab_sgd(net, args.sgd, args.learning_rate, args.momentum, args.weight_decay)
     scaler = run.scaler()
-    schedule, rounds = Schedule(args, len(data.source), len(data.target), run.world), Rounds()
+
+    # rounds; how the passes see the images
+    rounds, last = Rounds(data, folder, run, args.restore_from), args.num_rounds - 1
+    chosen, steps = schedule(args, len(data.source), len(data.target), run.world)
     views = predict.ViewSet(data.target.images, args.input_size_target, pixels, (args.eval_scale,))
     validation_views = None if data.validation is None else predict.ViewSet(
         data.validation.images, args.input_size_target, pixels, args.test_scales)
-    with Image.open(data.target.images[0]) as image:
-        file_size = image.size
-    size = list(args.input_size_target or file_size)
-
-    def meta_of(_: int) -> dict[str, object]:
-        return {"script": "train_cbst.py", "round": rounds.number, "task": args.target, "classes": list(data.classes),
-                "size": size, "align_corners": True,
-                **{key: known[key] for key in ("model", "arch", "aspp", "stride_on", "pixels")}}
-
-    def labels_of(r: int) -> PseudoLabels:
-        return PseudoLabels(data, work=folder / f"{r}.partial", final=folder / str(r))
-
-    def weights_before(r: int) -> str:
-        """The weights that entered the round before r: the last good ones if those that enter r have gone wrong."""
-        return str(folder / f"{r - 2}/weights.pth") if r > 1 else args.restore_from
-
-    def require_diverse(r: int, pixels: Tensor) -> None:
-        """Stop where one class has almost all predicted pixels [C] of the network that enters round r."""
-        share = pixels.double() / pixels.sum()
-        if share.max() > args.collapse:
-            what, advice = ("the network to start from", "Try") if r == 0 else (
-                f"the network trained in round {r - 1}",
-                f"Last good checkpoint: {weights_before(r)}. Try a lower --learning-rate or")
-            raise UserError(f"round {r}: {what} has collapsed: {100 * share.max():.1f} % of the pixels are "
-                            f"'{data.classes[int(share.argmax())]}' (--collapse {args.collapse}). {advice} another BN "
-                            "mode (--is-training, --bn-stats target) and the --pixels of the network's training")
-
-    def enter(r: int) -> None:
-        """The network is what enters round r; as the result of round r - 1 it is saved, and that round is complete."""
-        if args.bn_stats != "running":
-            of_source = schedule.source_images(r) if args.bn_stats == "both" else []
-            images = data.target.images + [data.source.images[i] for i in of_source]
-            net.load_state_dict(predict.reestimate_bn(net, images, args.input_size_target, pixels, run,
-                                                      args.num_workers).state_dict())
-        rounds.number, rounds.stage = r, "label"
-        if run.is_main and r:
-            checkpoint.save_weights(net, folder / f"{r - 1}.partial/weights.pth", meta_of(0))
-        session.save()
-
-    labels_of(0)  # refuses a folder that cannot hold a data set
+    file_size = data.target.read(0)[0].size
     prior_of_run = partial(open_prior, args.spatial_prior, data.source, len(data.classes), file_size[::-1],
                            args.prior_norm, folder / "prior.npz", rebuild=not args.resume, run=run)
     # a bad file is refused before anything is written; a prior is built where the run may write
     prior = None if args.spatial_prior == "build" else prior_of_run()
-    last = args.num_rounds - 1
+
+    def meta_of(_: int = 0) -> dict[str, object]:
+        return {"script": "train_cbst.py", "round": rounds.number, "task": args.target, "classes": list(data.classes),
+                "size": list(args.input_size_target or file_size), "align_corners": True,
+                **{key: known[key] for key in ("model", "arch", "aspp", "stride_on", "pixels")}}
+
+    def enter(r: int) -> None:
+        """The network is what enters round r; as the result of round r - 1 it is saved, and that round is complete."""
+        if args.bn_stats != "running":
+            of_source = chosen[r] if args.bn_stats == "both" else []
+            images = data.target.images + [data.source.images[i] for i in of_source]
+            net.load_state_dict(predict.reestimate_bn(net, images, args.input_size_target, pixels, run,
+                                                      args.num_workers).state_dict())
+        rounds.enter(r, net, meta_of)
+        session.save()
+
     with Session(run, args, folder, {"": net}, [optimizer], scaler=scaler, meta=meta_of,
                  extra_state={"rounds": rounds}, free={"num_rounds", "save_color", "cache_mb"}) as session:
         if args.spatial_prior == "build":
             prior = prior_of_run()
-        session.header(header(args, run, data, known, loaded, schedule, rounds))
+        session.header(header(args, run, data, known, loaded, len(chosen[0]), sum(steps[:last]), rounds.number))
         if session.resumed:
-            session.last_good = Path(weights_before(rounds.number))
-            if rounds.stage == "train" and "thresholds" not in rounds.reports[-1] and rounds.number < last:
-                # a run that ended with fewer --num-rounds only scored its last round: it is labelled now
-                rounds.stage, rounds.reports = "label", rounds.reports[:-1]
-                reopen_round(folder, rounds.number, run)
+            session.last_good = Path(rounds.last_good)
+            rounds.reopen(last)
         else:
-            if args.overwrite and run.is_main:
-                remove_rounds(folder)
+            if args.overwrite:
+                rounds.remove()
             enter(0)
         if args.subset is not None and run.is_main:
             write_list(data.target.images, data.target.domain.root, folder / "subset.txt")
 
         for r in range(rounds.number, args.num_rounds):
-            complete_rounds(folder, r, run)
-            files = labels_of(r)
+            rounds.complete(before=r)
+            files = rounds.labels()
             if rounds.stage == "label":
                 fast = predict.prepare(net)
-                counts = {"hist": ops.new_histogram(len(data.classes), run.device),
-                          "fine": ops.new_histogram(len(data.classes), run.device, fine=True),
-                          "scored": torch.zeros(2 * [len(data.classes)], dtype=torch.int64, device=run.device),
-                          "labelled": torch.zeros(256, dtype=torch.int64, device=run.device)}
-                passes = Passes(PASSES, files.work / "progress.pth", run, counts, args.save_pred_every, session.stop)
-                how = Labelling(fast, views, None if prior is None else prior.to(run.device),
-                                schedule.target_portion(r), args, run, cache={})
+                images = predict.Logits(fast, views, run, flip=args.test_flipping, workers=args.num_workers,
+                                        room=args.cache_mb << 20)
+                passes = Passes(PASSES, files.work / "progress.pth", run, new_counts(len(data.classes), run.device),
+                                args.save_pred_every, session.stop)
                 report = {"round": r}
-                try:
-                    if validation_views is not None:
+                with rounds.errors_with_advice():
+                    if data.validation is not None:
                         rounds.confusion = score(fast, data, validation_views, passes, run, flip=args.score_flipping,
                                                  workers=args.num_workers)
-                    if validation_views is not None and not passes.leaving:
-                        report |= keep_best(rounds, net, data, folder, meta_of(0), run)
+                    if data.validation is not None and not passes.leaving:
+                        report |= rounds.keep_best(net, meta_of())
                         if 0 < r == last:
-                            require_diverse(r, rounds.confusion.sum(0))
+                            rounds.require_diverse(rounds.confusion.sum(0), args.collapse)
                     if r < last:
-                        thresholds, predicted = choose_thresholds(how, passes, partial(require_diverse, r))
-                except ValueError as error:
-                    raise UserError(f"round {r}: {error}. Last good checkpoint: {weights_before(r)}") from None
-                if r < last and not passes.leaving:
-                    labelled = write_labels(how, passes, thresholds.value, files)
+                        target_portion = portion(args.init_tgt_port, args.tgt_port_step, args.max_tgt_port, r)
+                        thresholds, predicted = choose_thresholds(
+                            images, prior, passes, target_portion,
+                            partial(rounds.require_diverse, limit=args.collapse), run, kc_policy=args.kc_policy,
+                            kc_value=args.kc_value, ds_rate=args.ds_rate)
+                    if r < last and not passes.leaving:
+                        labelled = write_labels(images, prior, passes, thresholds.value, files, run,
+                                                lr_weight_ent=args.lr_weight_ent, save_color=args.save_color)
                 if session.leave_if_asked():
                     break
                 if r < last:
-                    report |= {"target_portion": how.portion, "source_images": len(schedule.source_images(r)),
-                               **selection_report(data.classes, thresholds, predicted, labelled,
-                                                  rare_cls_num=args.rare_cls_num, mine_port=args.mine_port)}
-                    run.say(f"round {r}: portion {how.portion:.3g}, {100 * report['labelled_share']:.1f} % of the "
-                            f"pixels labelled, {report['source_images']} source images; rare: "
-                            f"{', '.join(report['rare']) or 'none'}; mined: {', '.join(report['mine']) or 'none'}\n"
-                            f"{selection_table(report)}")
-                rounds.reports, rounds.stage = [*rounds.reports, report], "train"
-                if run.is_main:
-                    if r < last:
-                        files.describe()
-                        write_list([data.source.images[i] for i in schedule.source_images(r)],
-                                   data.source.domain.root, files.work / "source.txt")
-                    write_text(files.work / "report.json", json.dumps(report, indent=1) + "\n")
-                    write_rounds(rounds.reports, folder / "rounds.jsonl")
+                    rare, mine = rare_classes(predicted, args.rare_cls_num, args.mine_port)
+                    report |= rounds.report_selection(target_portion, len(chosen[r]), thresholds, predicted, labelled,
+                                                      rare, mine)
+                rounds.labelled(report, chosen[r])
                 optimizer.state.clear()  # each round trains with a fresh momentum
                 session.save()
             if r == last:
                 break
 
-            images = training_set(args, data, files, schedule.source_images(r), rounds.reports[r], prior, pixels, run)
-            before = schedule.steps_before(r)
-            batches = session.batches(images, 1000 * args.random_seed + r, start=session.iteration - before)
+            if run.is_main and args.save_num_images:
+                files.draw(args.save_num_images, files.work / "pictures.png")
+            images = training_set(args, data, files, chosen[r], rounds.reports[r], prior, pixels)
+            first = sum(steps[:r])
+            batches = session.batches(images, 1000 * args.random_seed + r, start=session.iteration - first)
             set_train_mode(net, freeze_bn=not args.is_training)
-            for i in session.steps(before + schedule.steps(r), first=before, total=schedule.steps_before(last)):
-                lr = set_poly_lr(optimizer, args.learning_rate, i - before, schedule.steps(r), args.power)
+            for i in session.steps(first + steps[r], first=first, total=sum(steps[:last])):
+                lr = set_poly_lr(optimizer, args.learning_rate, i - first, steps[r], args.power)
                 optimizer.zero_grad()
                 batch = next(batches)
                 losses = step(net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
@@ -665,22 +452,27 @@ def train(args: argparse.Namespace) -> Session:
                 break
             enter(r + 1)
         if not session.exit_code:
-            complete_rounds(folder, args.num_rounds, run)
+            rounds.complete(before=args.num_rounds)
             if rounds.confusion is not None:
-                say_result(rounds, data, run)
-    session.validation = predict.Validation(data, args.input_size_target, pixels, run, folder, bn_stats="running",
-                                            workers=args.num_workers, max_pictures=0) if data.validation else None
-    if session.validation and rounds.confusion is not None:
-        session.validation.confusion = rounds.confusion.numpy()
+                rounds.say_scores()
     return session
 
 
+def training_set(args: argparse.Namespace, data: DomainPair, files: PseudoLabels, source_images: Sequence[int],
+                 report: Mapping, prior: Tensor | None, pixels: str) -> RoundSet:
+    """Crops of the source images and of all pseudo-labelled images of a round."""
+    crop = RandomCrop(args.crop_size, pixels, args.random_scale, args.random_mirror, args.mine_chance)
+    thresholds = torch.tensor(list(report["thresholds"].values()))
+    soft = partial(soft_labels_at, files, thresholds, args.lr_weight_ent, prior) if args.lr_weight_ent else None
+    return RoundSet(data.source, source_images, files.open(), crop, (args.input_size, args.input_size_target),
+                    (args.random_seed, report["round"]), [data.classes.index(name) for name in report["mine"]], soft)
+
+
 def header(args: argparse.Namespace, run: runtime.Run, data: DomainPair, known: Mapping, loaded: str,
-           schedule: Schedule, rounds: Rounds) -> dict[str, object]:
+           source_images: int, steps: int, first_round: int) -> dict[str, object]:
     kld = [f"MRKLD with weight {args.mr_weight_kld} (what --mr-weight-kld {args.mr_weight_kld ** 0.5:.3g} did in the "
            "release)"] if args.mr_weight_kld else []
     prior = f", spatial prior {args.spatial_prior}" if args.spatial_prior else ""
-    summary = data.summary("", "")
     return {
         "weights": loaded,
         "network": f"{known['model']} {known['arch']}, {len(data.classes)} classes, ASPP {known['aspp']}",
@@ -689,80 +481,42 @@ def header(args: argparse.Namespace, run: runtime.Run, data: DomainPair, known: 
                       + {"running": "", "target": ", re-estimated on the target for each round",
                          "both": ", re-estimated on both domains for each round"}[args.bn_stats],
         "pixels": known["pixels"],
-        "source": f"{len(data.source)} images of {args.source}, {len(schedule.source_images(0))} in round 0",
-        "target": f"{len(data.target)} images of {args.target} to label", "validation": summary["validation"],
+        "source": f"{len(data.source)} images of {args.source}, {source_images} in round 0",
+        "target": f"{len(data.target)} images of {args.target} to label",
+        "validation": data.summary("", "")["validation"],
         "thresholds": {"cb": "one per class", "global": "one for all classes"}[args.kc_policy]
                       + f" ({args.kc_value}){prior}",
         "losses": ", ".join(["soft labels (LRENT)" if args.lr_weight_ent else "hard labels", *kld]),
         "batch": f"{args.batch_size * run.world} images a step = {args.batch_size} x {run.world} processes",
-        "rounds": f"{rounds.number} to {args.num_rounds - 1}, {schedule.steps_before(args.num_rounds - 1)} steps, "
-                  f"SGD {args.sgd}"}
-
-
-def keep_best(rounds: Rounds, net: nn.Module, data: DomainPair, folder: Path, meta: Mapping,
-              run: runtime.Run) -> dict[str, object]:
-    """Report the scores of the network that enters a round; its weights are kept where they are the best so far."""
-    miou = 100 * mean_iou(rounds.confusion.numpy())
-    best = max((report["mIoU"] for report in rounds.reports), default=None)
-    if run.is_main and (best is None or miou > best):
-        checkpoint.save_weights(net, folder / "best.pth", {**meta, "mIoU": miou})
-    so_far = "" if best is None else f" (best so far {max(best, miou):.2f})"
-    run.say(f"round {rounds.number}: target mIoU {miou:.2f}{so_far}")
-    return {"mIoU": miou, "iou": iou_dict(data.classes, rounds.confusion.numpy())["iou"]}
-
-
-def say_result(rounds: Rounds, data: DomainPair, run: runtime.Run) -> None:
-    run.say(iou_table(data.classes, {"IoU": rounds.confusion.numpy()}))
-    scores = [report["mIoU"] for report in rounds.reports]
-    run.say(f"target mIoU by round: {', '.join(f'{x:.2f}' for x in scores)}; last {scores[-1]:.2f}, best "
-            f"{max(scores):.2f} (round {int(np.argmax(scores))}, chosen on the validation set)")
-
-
-def training_set(args: argparse.Namespace, data: DomainPair, files: PseudoLabels, source_images: Sequence[int],
-                 report: Mapping, prior: Tensor | None, pixels: str, run: runtime.Run) -> RoundSet:
-    """The source subset and the pseudo-labels of a round."""
-    if run.is_main and args.save_num_images:
-        files.draw(args.save_num_images, files.work / "pictures.png")
-    soft = None
-    if args.lr_weight_ent:
-        soft = files.work / "logits", torch.tensor(list(report["thresholds"].values())), args.lr_weight_ent, prior
-    crop = dict(crop=args.crop_size, pixels=pixels, scale=args.random_scale, mirrored=args.random_mirror)
-    return RoundSet(data.source, source_images, files.open(), crop, (args.input_size, args.input_size_target),
-                    [data.classes.index(name) for name in report["mine"]], args.mine_chance,
-                    (args.random_seed, report["round"]), soft)
+        "rounds": f"{first_round} to {args.num_rounds - 1}, {steps} steps, SGD {args.sgd}"}
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
 
 
-def train_start(args: argparse.Namespace, path: Path) -> None:
+def make_start(args: argparse.Namespace, path: Path) -> None:
     """The demo's start: a network from random weights, trained on all source images."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
-    data = open_data(args)
-    net = build(args.model or "Deeplab", len(data.classes), args.arch, args.aspp or "full")
-    set_bn_affine(net, True)
-    set_train_mode(net.to(run.device, memory_format=run.memory_format))
-    optimizer = deeplab_sgd(net, args.sgd, DEMO_START_RATE, args.momentum, args.weight_decay)
-    crop = dict(crop=args.crop_size, pixels=args.pixels, scale=False, mirrored=True)
-    images = RoundSet(data.source, range(len(data.source)), None, crop, (args.input_size, None), (), 0.0,
+    data = open_data(args, run)
+    known = {"model": args.model or "Deeplab", "arch": args.arch, "aspp": args.aspp or "full", "stride_on": "1x1",
+             "pixels": args.pixels}
+    images = RoundSet(data.source, range(len(data.source)), None,
+                      RandomCrop(args.crop_size, args.pixels, random_mirror=True), (args.input_size, None),
                       [args.random_seed])
-    batches = endless(images, 1, args.num_workers, seed=args.random_seed, rank=run.rank, world=run.world)
-    for i in range(DEMO_START_STEPS):
-        set_poly_lr(optimizer, DEMO_START_RATE, i, DEMO_START_STEPS, 0.9)
-        optimizer.zero_grad()
-        batch = next(batches)
-        losses = step(net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
-                      mr_weight_kld=0.0, run=run)
-        run.average_gradients([net])
-        optimizer.step()
-        if (i + 1) % 50 == 0:
-            run.say(f"start: step {i + 1} of {DEMO_START_STEPS}, loss {losses['loss_seg'].item():.3f}")
+
+    def step_on(net: nn.Module, batch: RoundSample) -> dict[str, Tensor]:
+        return step(net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
+                    mr_weight_kld=0.0, run=run)
+
+    net = train_start(
+        build(known["model"], len(data.classes), known["arch"], known["aspp"]), images, step_on, run,
+        num_steps=DEMO_START_STEPS, rate=DEMO_START_RATE, sgd=args.sgd, momentum=args.momentum,
+        weight_decay=args.weight_decay, workers=args.num_workers, seed=args.random_seed)
     if run.is_main:
         checkpoint.save_weights(net, path, {
-            "script": "train_cbst.py", "model": args.model or "Deeplab", "arch": args.arch,
-            "aspp": args.aspp or "full", "stride_on": "1x1", "pixels": args.pixels, "task": args.target,
-            "classes": list(data.classes), "size": list(args.input_size_target), "align_corners": True})
+            "script": "train_cbst.py", **known, "task": args.target, "classes": list(data.classes),
+            "size": list(args.input_size_target), "align_corners": True})
     run.barrier()
 
 
@@ -771,17 +525,20 @@ def demo(args: argparse.Namespace) -> int:
     if args.restore_from is None:
         args.restore_from = f"{args.snapshot_dir}/start.pth"
         if args.resume is False or not Path(args.restore_from).exists():
-            train_start(args, Path(args.restore_from))
+            make_start(args, Path(args.restore_from))
     session = train(args)
     if session.exit_code:
         return session.exit_code
-    data, run = session.validation.data, session.run
-    start, _, _ = checkpoint.open_network(args.restore_from)
-    scored = predict.Validation(data, args.input_size_target, session.validation.pixels, run, session.folder,
-                                bn_stats="running", workers=args.num_workers, max_pictures=0)
-    scored.confusion = predict.score(start.to(run.device), data.validation, args.input_size_target, scored.pixels,
+    run = session.run
+    data = open_data(args, run)
+    start, known, _ = open_network(args, data.classes)
+    before, after = (predict.Validation(data, args.input_size_target, known["pixels"], run, session.folder,
+                                        bn_stats="running", workers=args.num_workers, max_pictures=0)
+                     for _ in range(2))
+    before.confusion = predict.score(start.to(run.device), data.validation, before.size, before.pixels,
                                      len(data.classes), run, workers=args.num_workers)
-    compare(start, scored, session.net, session.validation, Path("result/demo_cbst/report.png"))
+    after.confusion = session.extra_state["rounds"].confusion.numpy()
+    compare(start, before, session.net, after, Path("result/demo_cbst/report.png"))
     return 0
 
 

@@ -111,25 +111,35 @@ def load_views(views: ViewSet, indices: Sequence[int], workers: int) -> DataLoad
                       generator=torch.Generator())
 
 
-def image_logits(net: nn.Module, views: ViewSet, indices: Sequence[int], run: Run, *, flip: bool, workers: int,
-                 cache: dict, room: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """((height, width) of the file, logits float32 [1, C, h, w]) of each index; flip: [2, C, h, w], mirror image too.
+class Logits:
+    """Logits of the images of ``views``, computed once where memory allows, else whenever they are asked for.
 
-    cache: holds what was computed before, and gets more while it has under ``room`` bytes.
+    Called with indices it gives ((height, width) of the file, float32 [1, C, h, w]) of each; flip: [2, C, h, w], the
+    mirror image too. room: bytes of memory for those that are kept.
     """
-    items = iter(load_views(views, [i for i in indices if i not in cache], workers))
-    for index in indices:
-        if index not in cache:
-            item = next(items)
-            x = run.place(item.tensors[0][None])
-            with torch.no_grad(), run.autocast():
-                logits = torch.cat([logits_of(net(v)) for v in ((x, x.flip(3)) if flip else (x,))]).float()
-            found = tuple(item.image.shape[:2]), logits.contiguous()
-            if (len(cache) + 1) * logits.nbytes > room:
-                yield found
-                continue
-            cache[index] = found
-        yield cache[index]
+
+    def __init__(self, net: nn.Module, views: ViewSet, run: Run, *, flip: bool, workers: int, room: int):
+        self.net, self.views, self.run, self.flip, self.workers, self.room = net, views, run, flip, workers, room
+        self.cache: dict[int, tuple[tuple[int, int], Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __call__(self, indices: Sequence[int]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        items = iter(load_views(self.views, [i for i in indices if i not in self.cache], self.workers))
+        for index in indices:
+            if index not in self.cache:
+                item = next(items)
+                x = self.run.place(item.tensors[0][None])
+                with torch.no_grad(), self.run.autocast():
+                    views = (x, x.flip(3)) if self.flip else (x,)
+                    logits = torch.cat([logits_of(self.net(view)) for view in views]).float()
+                found = tuple(item.image.shape[:2]), logits.contiguous()
+                if (len(self.cache) + 1) * logits.nbytes > self.room:
+                    yield found
+                    continue
+                self.cache[index] = found
+            yield self.cache[index]
 
 
 def aggregated_probabilities(net: nn.Module, x: Tensor, alpha: float = 0.5) -> Tensor:
@@ -189,6 +199,14 @@ def predictions(net: nn.Module, views: ViewSet, run: Run, *, flip: bool = False,
         yield int(item.index), np.asarray(item.image), label.cpu().numpy()
 
 
+def confusion_of(label: np.ndarray, dataset: ImageFolder, index: int) -> np.ndarray:
+    """Confusion matrix int64 [C, C] (rows: truth) of the label map of one image, at the size of its truth."""
+    truth = dataset.truth(index)
+    if truth.shape != label.shape:
+        label = np.asarray(Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST))
+    return confusion_matrix(truth, label, dataset.num_classes, dataset.domain.description.ignore)
+
+
 def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: str, num_classes: int, run: Run, *,
           align_corners: bool = True, aggregate: float = 0.0, workers: int = 0) -> np.ndarray:
     """Confusion matrix int64 [C, C] (rows: truth) of ``net`` in eval mode on a labelled set, over all processes.
@@ -199,10 +217,7 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
     confusion = np.zeros((num_classes, num_classes), np.int64)
     for index, _, label in predictions(fast, ViewSet(dataset.images, size, pixels), run, workers=workers,
                                        align_corners=align_corners, aggregate=aggregate, share=True):
-        truth = dataset.truth(index)
-        if truth.shape != label.shape:
-            label = np.asarray(Image.fromarray(label).resize(truth.shape[::-1], Image.Resampling.NEAREST))
-        confusion += confusion_matrix(truth, label, num_classes, dataset.domain.description.ignore)
+        confusion += confusion_of(label, dataset, index)
     return run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
 
 

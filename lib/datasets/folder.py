@@ -62,6 +62,14 @@ class ImageFolder(Dataset):
         label = None if self.labels is None else self.truth(index)
         return read_image(self.images[index]), label
 
+    def draw_subset(self, count: int, seed: int) -> None:
+        """Keep ``count`` of the images, drawn by ``seed``. Raises UserError where there are fewer."""
+        if count > len(self):
+            raise UserError(f"--subset {count}: the target has {len(self)} images")
+        drawn = sorted(np.random.RandomState(seed).choice(len(self), count, replace=False).tolist())
+        self.images = [self.images[i] for i in drawn]
+        self.labels = None if self.labels is None else [self.labels[i] for i in drawn]
+
     def truth(self, index: int) -> np.ndarray:
         """The label (class indices) of one image, at the size of its file."""
         return read_label(self.labels[index], self.domain.description, self.table)

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from lib import visual
 from lib.datasets.description import Domain
@@ -18,7 +18,6 @@ from lib.datasets.labels import derived_description, label_table, written_values
 from lib.datasets.pictures import spread
 from lib.errors import UserError
 from lib.files import atomic_write
-from lib.runtime import Run
 
 IGNORE = 255
 
@@ -50,6 +49,14 @@ class PseudoLabels:
         if in_colour:
             visual.save(visual.colour_map(label, self.data.palette), self.file(index, "pseudo_labels_color"),
                         compress_level=1)
+
+    def write_logits(self, index: int, logits: Tensor) -> None:
+        """For read_logits: what soft labels are made of, kept until the round is complete."""
+        with atomic_write(self.work / f"logits/{index}.npy") as new:
+            np.save(new, logits.cpu().numpy())
+
+    def read_logits(self, index: int) -> Tensor:
+        return torch.from_numpy(np.load(self.work / f"logits/{index}.npy"))
 
     def describe(self) -> None:
         """Write pseudo_labels.json and the list of the images beside it."""
@@ -98,46 +105,3 @@ def write_text(path: Path, text: str) -> None:
 def write_list(images: Sequence[Path], root: Path, path: Path) -> None:
     """A list file: one image a line, relative to its data set's root. Raises UserError."""
     write_text(path, "".join(f"{image.relative_to(root).as_posix()}\n" for image in images))
-
-
-def write_rounds(reports: Sequence[Mapping], path: Path) -> None:
-    """rounds.jsonl: one line a round."""
-    lines = []
-    for report in reports:
-        line = {"iteration": report["round"]}
-        if report.get("mIoU") is not None:
-            line["mIoU"] = report["mIoU"]
-        if "predicted" in report:
-            line |= {"target portion": report["target_portion"], "labelled share": report["labelled_share"],
-                     "largest class": max(report["predicted"].values()) / sum(report["predicted"].values())}
-        line |= {f"IoU {name}": 100 * v for name, v in report.get("iou", {}).items() if v is not None}
-        lines.append(line)
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-# --- folders of rounds: N.partial is the round N at work, N a complete one --------------------------------------------
-
-
-def complete_rounds(folder: Path, before: int, run: Run) -> None:
-    """Give the folders of the rounds N < ``before`` their final names, without what only their making needed."""
-    if run.is_main:
-        for partial in sorted(folder.glob("*.partial")):
-            if int(partial.stem) < before:
-                (partial / "progress.pth").unlink(missing_ok=True)
-                shutil.rmtree(partial / "logits", ignore_errors=True)
-                os.replace(partial, partial.with_suffix(""))
-    run.barrier()
-
-
-def remove_rounds(folder: Path) -> None:
-    """Delete all rounds, complete or not."""
-    for path in folder.glob("[0-9]*"):
-        if path.is_dir() and path.name.removesuffix(".partial").isdigit():
-            shutil.rmtree(path)
-
-
-def reopen_round(folder: Path, number: int, run: Run) -> None:
-    """Work on a complete round again."""
-    if run.is_main and (folder / str(number)).exists():
-        os.replace(folder / str(number), folder / f"{number}.partial")
-    run.barrier()

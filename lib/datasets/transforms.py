@@ -1,8 +1,9 @@
 """Paired transforms of an image and its label; randomness comes from the caller's generator, so it can be repeated."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -130,6 +131,58 @@ class ShortSideCrop:
             image, label = mirror(image, label)
         return crop_or_pad(to_tensor(image, self.pixels), torch.from_numpy(label.astype(np.int64)), self.size,
                            tuple(rng.random(2)), self.ignore)
+
+
+class Crop(NamedTuple):
+    """What RandomCrop returns; rows and cols are the places in the label file of the crop's pixels."""
+
+    image: Tensor     # float32 [3, h, w]
+    label: Tensor     # int64 [h, w]
+    rows: np.ndarray  # int64, at most h
+    cols: np.ndarray  # int64, at most w
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A training crop of ``size`` (width, height), with ``random_scale`` at 0.5, 0.6, .. 1.5 of the image's size.
+
+    Called with (image, label, generator, working size or None for the image's own, mine): with chance ``mine_chance``,
+    where the label holds a class of ``mine``, one such class and one of its pixels are drawn, and the crop is centred
+    there, shifted back inside. Images smaller than the crop are padded.
+    """
+
+    size: tuple[int, int]
+    pixels: str
+    random_scale: bool = False
+    random_mirror: bool = False
+    mine_chance: float = 0.0
+    ignore: int = 255
+
+    def __call__(self, image: Image.Image, label: np.ndarray, rng: np.random.Generator,
+                 working: tuple[int, int] | None = None, mine: Sequence[int] = ()) -> Crop:
+        factor = rng.integers(5, 16) / 10 if self.random_scale else 1.0
+        w, h = (max(1, round(n * factor)) for n in working or image.size)
+        (height, width), (cw, ch) = label.shape, self.size
+        room_x, room_y = max(w - cw, 0), max(h - ch, 0)
+        x, y = rng.integers(room_x + 1), rng.integers(room_y + 1)
+        present = [c for c in mine if (label == c).any()]
+        if present and rng.random() < self.mine_chance:
+            place = rng.choice(np.flatnonzero(label == rng.choice(present)))
+            x = np.clip(round((place % width + 0.5) * w / width - cw / 2), 0, room_x)
+            y = np.clip(round((place // width + 0.5) * h / height - ch / 2), 0, room_y)
+        n, m = min(cw, w), min(ch, h)
+        step_x, step_y = image.width / w, image.height / h
+        picture = image.resize((n, m), Image.Resampling.BICUBIC,
+                               box=(x * step_x, y * step_y, min((x + n) * step_x, image.width),
+                                    min((y + m) * step_y, image.height)))
+        rows = ((np.arange(y, y + m) + 0.5) * height / h).astype(np.int64)
+        cols = ((np.arange(x, x + n) + 0.5) * width / w).astype(np.int64)
+        content = to_tensor(picture, self.pixels)
+        if self.random_mirror and rng.random() < 0.5:
+            content, cols = content.flip(2), cols[::-1].copy()
+        out = torch.full((ch, cw), self.ignore, dtype=torch.int64)
+        out[:m, :n] = torch.from_numpy(label[rows[:, None], cols].astype(np.int64))
+        return Crop(F.pad(content, (0, cw - n, 0, ch - m)), out, rows, cols)
 
 
 Transform = Callable[[Image.Image, "np.ndarray | None", np.random.Generator], tuple[Tensor, Tensor]]

@@ -5,6 +5,7 @@ import math
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -250,6 +251,28 @@ def _count_pixels(hist, label, confidence):
     """Fills the columns that count every pixel, sampled or not."""
     for column, counted in ((_INVALID, label[~(confidence < 2)]), (_PIXELS, label)):
         hist[:, column] += torch.bincount(counted.flatten(), minlength=len(hist))
+
+
+def probabilities_at(logits: Tensor, size: tuple[int, int], rows: np.ndarray, cols: np.ndarray,
+                     prior: Tensor | None = None) -> Tensor:
+    """Probabilities [C, rows, cols] of the other operators, at some rows and columns of a label map (height, width).
+
+    logits [1 or 2, C, h, w]: of the image and, if two, of its mirror image, of which the mean is taken. prior: float32
+    [C, height, width].
+    """
+    def lines(places: np.ndarray, length: int, n: int) -> Tensor:  # interpolation as a matrix [places, n]
+        at = torch.from_numpy(places.copy()).double() * (n - 1) / max(length - 1, 1)
+        low = at.floor().clamp(max=max(n - 2, 0)).long()
+        matrix = torch.zeros(len(places), n, dtype=torch.float64).scatter_(1, low[:, None], (1 - (at - low))[:, None])
+        high = (low + 1).clamp(max=n - 1)
+        return matrix.scatter_add_(1, high[:, None], (at - low)[:, None]).to(logits.dtype)
+
+    (height, width), (h, w) = size, logits.shape[2:]
+    p = 0.0
+    for image, columns in zip(logits, (cols, width - 1 - cols), strict=False):
+        up = lines(rows, height, h) @ image @ lines(columns, width, w).T
+        p = p + up.softmax(0) / len(logits)
+    return p if prior is None else p * prior[:, torch.from_numpy(rows.copy())[:, None], torch.from_numpy(cols.copy())]
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------
