@@ -152,7 +152,7 @@ def outputs(net: nn.Module, x: Tensor, adapt: str, run: runtime.Run) -> tuple[li
     with run.autocast():
         out = net(x, return_features=adapt == "feature")
     if adapt == "feature":
-        return [upsample(out[1], x.shape[2:])], [as_float32(out[0])]
+        return [upsample(out[-1], x.shape[2:])], [as_float32(out[0])]
     preds = [upsample(pred, x.shape[2:]) for pred in (out if isinstance(out, tuple) else (out,))]
     return preds, preds
 

@@ -40,7 +40,7 @@ from lib.datasets.description import Domain
 from lib.datasets.folder import DomainPair, open_pair
 from lib.datasets.prior import open_prior
 from lib.datasets.pseudo_labels import IGNORE, PseudoLabels, write_list
-from lib.datasets.rounds import Rounds, RoundSample, RoundSet
+from lib.datasets.rounds import Rounds, RoundSet
 from lib.datasets.transforms import RandomCrop
 from lib.demo.comparison import compare
 from lib.demo.start import train_start
@@ -218,17 +218,6 @@ def new_counts(classes: int, device: torch.device) -> dict[str, Tensor]:
             "labelled": torch.zeros(256, dtype=torch.int64, device=device)}
 
 
-def score(net: nn.Module, data: DomainPair, views: predict.ViewSet, passes: Passes, run: runtime.Run, *, flip: bool,
-          workers: int) -> Tensor:
-    """Pass "score": the confusion matrix int64 [C, C] of ``net`` on the validation set."""
-    load = partial(predict.load_views, views, workers=workers)
-    for index, item in passes.over("score", len(views), load):
-        label = predict.predict(net, item.tensors, item.image.shape[1::-1], run, flip=flip)
-        confusion = predict.confusion_of(label.cpu().numpy(), data.validation, index)
-        passes.counts["scored"] += torch.from_numpy(confusion).to(run.device)
-    return run.sum(passes.counts["scored"]).cpu()
-
-
 def choose_thresholds(images: predict.Logits, prior: Tensor | None, passes: Passes, target_portion: float,
                       require_diverse: Callable[[Tensor], None], run: runtime.Run, *, kc_policy: str, kc_value: str,
                       ds_rate: int) -> tuple[ops.Thresholds | None, Tensor | None]:
@@ -322,11 +311,8 @@ def schedule(args: argparse.Namespace, sources: int, targets: int, world: int) -
 def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.Module, dict, str]:
     """--restore-from as (network, the conventions it was trained with, what was loaded). Raises UserError."""
     net, known, report = checkpoint.open_network(
-        args.restore_from, {"aspp": "full", "pixels": "imagenet"}, model=args.model, arch=args.arch, aspp=args.aspp,
-        pixels=args.pixels)
-    if list(known.get("classes", classes)) != list(classes) or known["num_classes"] != len(classes):
-        raise UserError(f"{args.restore_from} tells {known['num_classes']} classes apart, not the {len(classes)} of "
-                        f"this run ({', '.join(classes)}): choose --source, --target and --num-classes to fit")
+        args.restore_from, {"aspp": "full", "pixels": "imagenet"}, classes, model=args.model, arch=args.arch,
+        aspp=args.aspp, pixels=args.pixels)
     if known["model"] not in MODELS:
         raise UserError(f"{args.restore_from} is a {known['model']}; self-training is for {', '.join(MODELS)}")
     return net, known, f"{args.restore_from}: {report}"
@@ -352,7 +338,7 @@ def train(args: argparse.Namespace) -> Session:
     scaler = run.scaler()
 
     # rounds; how the passes see the images
-    rounds, last = Rounds(data, folder, run, args.restore_from), args.num_rounds - 1
+    rounds, last = Rounds(data, folder, run, args.restore_from, args.collapse), args.num_rounds - 1
     chosen, steps = schedule(args, len(data.source), len(data.target), run.world)
     views = predict.ViewSet(data.target.images, args.input_size_target, pixels, (args.eval_scale,))
     validation_views = None if data.validation is None else predict.ViewSet(
@@ -405,18 +391,18 @@ def train(args: argparse.Namespace) -> Session:
                 report = {"round": r}
                 with rounds.errors_with_advice():
                     if data.validation is not None:
-                        rounds.confusion = score(fast, data, validation_views, passes, run, flip=args.score_flipping,
-                                                 workers=args.num_workers)
+                        rounds.confusion = predict.score_in_passes(
+                            fast, data.validation, validation_views, passes, run, flip=args.score_flipping,
+                            workers=args.num_workers)
                     if data.validation is not None and not passes.leaving:
                         report |= rounds.keep_best(net, meta_of())
                         if 0 < r == last:
-                            rounds.require_diverse(rounds.confusion.sum(0), args.collapse)
+                            rounds.require_diverse(rounds.confusion.sum(0))
                     if r < last:
                         target_portion = portion(args.init_tgt_port, args.tgt_port_step, args.max_tgt_port, r)
                         thresholds, predicted = choose_thresholds(
-                            images, prior, passes, target_portion,
-                            partial(rounds.require_diverse, limit=args.collapse), run, kc_policy=args.kc_policy,
-                            kc_value=args.kc_value, ds_rate=args.ds_rate)
+                            images, prior, passes, target_portion, rounds.require_diverse, run,
+                            kc_policy=args.kc_policy, kc_value=args.kc_value, ds_rate=args.ds_rate)
                     if r < last and not passes.leaving:
                         labelled = write_labels(images, prior, passes, thresholds.value, files, run,
                                                 lr_weight_ent=args.lr_weight_ent, save_color=args.save_color)
@@ -426,14 +412,12 @@ def train(args: argparse.Namespace) -> Session:
                     rare, mine = rare_classes(predicted, args.rare_cls_num, args.mine_port)
                     report |= rounds.report_selection(target_portion, len(chosen[r]), thresholds, predicted, labelled,
                                                       rare, mine)
-                rounds.labelled(report, chosen[r])
+                rounds.labelled(report, chosen[r], args.save_num_images)
                 optimizer.state.clear()  # each round trains with a fresh momentum
                 session.save()
             if r == last:
                 break
 
-            if run.is_main and args.save_num_images:
-                files.draw(args.save_num_images, files.work / "pictures.png")
             images = training_set(args, data, files, chosen[r], rounds.reports[r], prior, pixels)
             first = sum(steps[:r])
             batches = session.batches(images, 1000 * args.random_seed + r, start=session.iteration - first)
@@ -504,15 +488,10 @@ def make_start(args: argparse.Namespace, path: Path) -> None:
     images = RoundSet(data.source, range(len(data.source)), None,
                       RandomCrop(args.crop_size, args.pixels, random_mirror=True), (args.input_size, None),
                       [args.random_seed])
-
-    def step_on(net: nn.Module, batch: RoundSample) -> dict[str, Tensor]:
-        return step(net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device),
-                    mr_weight_kld=0.0, run=run)
-
     net = train_start(
-        build(known["model"], len(data.classes), known["arch"], known["aspp"]), images, step_on, run,
-        num_steps=DEMO_START_STEPS, rate=DEMO_START_RATE, sgd=args.sgd, momentum=args.momentum,
-        weight_decay=args.weight_decay, workers=args.num_workers, seed=args.random_seed)
+        build(known["model"], len(data.classes), known["arch"], known["aspp"]), images,
+        partial(step, mr_weight_kld=0.0, run=run), run, num_steps=DEMO_START_STEPS, rate=DEMO_START_RATE, sgd=args.sgd,
+        momentum=args.momentum, weight_decay=args.weight_decay, workers=args.num_workers, seed=args.random_seed)
     if run.is_main:
         checkpoint.save_weights(net, path, {
             "script": "train_cbst.py", **known, "task": args.target, "classes": list(data.classes),

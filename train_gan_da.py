@@ -37,15 +37,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, ops, predict, runtime, visual
-from lib.datasets.description import Domain, load_description
-from lib.datasets.folder import DomainPair, open_pair
-from lib.datasets.transforms import PIXELS, Augment, to_image
+from lib import checkpoint, flags, ops, predict, runtime
+from lib.datasets.description import Domain
+from lib.datasets.folder import open_pair
+from lib.datasets.transforms import Augment, to_unit
 from lib.demo.comparison import train_and_compare
 from lib.demo.streets import render_demo
 from lib.errors import UserError
-from lib.models.deeplab import Deeplab, set_bn_affine, upsample
+from lib.models.deeplab import Deeplab, downsample, set_bn_affine, upsample
 from lib.models.fcn8s import FCN8s, scaled
+from lib.models.lsd import InstanceNorm, Residual, init_released, up, upsampled
 from lib.runtime import as_float32
 from lib.session import Session
 
@@ -83,14 +84,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
     net.add_argument("--dropout", type=flags.below_one, default=0.5, help="after fc6 and fc7")
-    data = flags.add_data(p)
+    data = flags.add_data(p, augmentation=True)
     data.add_argument("--dataroot", help="folder that takes the place of data/ in the descriptions' folders")
     data.add_argument("--crop-size", type=flags.size, default=(640, 320),
                       help="width,height of the random crops of both; at most the image")
-    data.add_argument("--random-mirror", action="store_true", help="mirror images at random")
-    data.add_argument("--random-scale", action="store_true", help="scale source images by 0.5..1.5 at random")
-    data.add_argument("--ignore-label", type=flags.label, default=255,
-                      help="class index without loss; void labels get it")
     opt = p.add_argument_group("optimisation")
     opt.add_argument("--batchSize", "--batch-size", dest="batch_size", type=flags.batch, default=1,
                      help="pairs a process")
@@ -122,43 +119,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-class DeeplabBase(Deeplab):
-    """DeepLab-v2 as F and C: the embedding is layer4, with layer3 and layer2 as G's skips, all at stride 8."""
-
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, ...]:
-        """x [N, 3, H, W] -> logits [N, classes, h, w]; with features: (layer4, layer3, layer2, logits)."""
-        layer2, layer3, layer4 = self.stages(x)
-        logits = self.layer5(layer4)
-        return (layer4, layer3, layer2, logits) if return_features else logits
-
-
-class InstanceNorm(nn.InstanceNorm2d):
-    """Of a single pixel too, which is its own mean."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.shape[2] * x.shape[3] > 1 else x - x
-
-
-class Residual(nn.Module):
-    """x + act(IN(conv(x)))."""
-
-    def __init__(self, channels: int, bias: bool, act: nn.Module):
-        super().__init__()
-        self.conv_layer = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        self.norm, self.act = InstanceNorm(channels), act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.act(self.norm(self.conv_layer(x)))
-
-
-def _init_released(net: nn.Module) -> None:
-    for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(module.weight, 0, 0.02)
-            if module.bias is not None:
-                nn.init.uniform_(module.bias, -0.01, 0.01)
-
-
 class Generator(nn.Module):
     """G: an image from an embedding and two skips. Section 3.1; the layers of the release.
 
@@ -171,16 +131,11 @@ class Generator(nn.Module):
         super().__init__()
         c = [scaled(n, width) for n in (256, 512, 256, 128, 64)]
         self.pad_image = pad_image
-
-        def up(inplanes: int, planes: int, kernel: int, stride: int, pad: int) -> list[nn.Module]:
-            return [nn.ConvTranspose2d(inplanes, planes, kernel, stride, pad, bias=False), InstanceNorm(planes),
-                    nn.ReLU(), Residual(planes, False, nn.ReLU()), Residual(planes, False, nn.ReLU())]
-
         self.stage1_upsample = nn.Sequential(*up(channels[0], c[0], kernel, 1, pad), *up(c[0], c[1], 3, stride, 1))
         self.stage2_upsample = nn.Sequential(*up(c[1] + channels[1], c[2], 3, stride, 1))
         self.stage3_upsample = nn.Sequential(*up(c[2] + channels[2], c[3], 5, 2, 2), *up(c[3], c[4], 5, 2, 2))
         self.stage4_upsample = nn.Sequential(nn.ConvTranspose2d(c[4], 3, 8, 2, pad_image))
-        _init_released(self)
+        init_released(self)
 
     def forward(self, embedding: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """(embedding, skip 1, skip 2), each [N, C, h, w] -> image [N, 3, *size] in 0..1, in F's channel order."""
@@ -191,15 +146,6 @@ class Generator(nn.Module):
         x = upsampled(self.stage3_upsample[:5], torch.cat([x, skip2], 1), [(n + 1) // 2 for n in half])
         x = upsampled(self.stage3_upsample[5:], x, half)
         return torch.sigmoid(self.stage4_upsample(x))[:, :, :size[0], :size[1]]
-
-
-def upsampled(layers: nn.Sequential, x: Tensor, size: Sequence[int]) -> Tensor:
-    """``layers`` of x; the transposed convolution in front comes as near to ``size`` as its stride allows."""
-    conv = layers[0]
-    reach = [(n - 1) * conv.stride[0] - 2 * conv.padding[0] + conv.kernel_size[0] for n in x.shape[2:]]
-    size = [min(max(n, smallest), smallest + conv.stride[0] - 1) for n, smallest in zip(size, reach, strict=True)]
-    x = conv(x, output_size=size)
-    return layers[1:](x)
 
 
 class Discriminator(nn.Module):
@@ -216,7 +162,7 @@ class Discriminator(nn.Module):
                                      nn.MaxPool2d(2), *residuals(), nn.MaxPool2d(2), *residuals())
         self.out_s = nn.Sequential(nn.Conv2d(c, 4, 3, padding=1))
         self.out_c = nn.Sequential(nn.Conv2d(c, num_classes, 3, padding=1))
-        _init_released(self)
+        init_released(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, 3, H, W] -> out_s [N, 4, h, w], out_c [N, classes, h, w], h and w from patches()."""
@@ -235,7 +181,7 @@ def build(base: str, num_classes: int, arch: str, width: float, padding: str, dr
           stride_on: str) -> tuple[nn.Module, Callable[[], Generator]]:
     """(F with C, what makes the G that fits it)."""
     if base == "deeplab":
-        net = DeeplabBase(num_classes, arch, stride_on=stride_on)
+        net = Deeplab(num_classes, arch, stride_on=stride_on)
         return net, lambda: Generator(net.channels[::-1], width, kernel=3, pad=1, stride=1, pad_image=3)
     net = FCN8s(num_classes, width, padding, dropout, image_std=64.0 if pixels == "caffe" else 1.0)
     fit = dict(pad=0, pad_image=100) if padding == "released" else dict(pad=3, pad_image=3)
@@ -259,23 +205,9 @@ class Objective(NamedTuple):
     world: int = 1                 # processes that share the batch
 
 
-def unit(x: Tensor, pixels: str) -> Tensor:
-    """F's input [N, 3, H, W] as D sees it: 0..1, not normalised, the same channel order."""
-    p = PIXELS[pixels]
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
-    return (x * std + mean) / (255 * p.scale)
-
-
-def normalised(image: Tensor, pixels: str) -> Tensor:
-    """The inverse of ``unit``: an image [N, 3, H, W] in 0..1 in the pixel convention of F's input."""
-    p = PIXELS[pixels]
-    mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
-    return (image.clamp(0, 1) * 255 * p.scale - mean) / std
-
-
 def label_for_d(label: Tensor, size: Sequence[int]) -> Tensor:
-    """int64 [N, H, W] -> [N, *size], nearest (Pillow's)."""
-    return F.interpolate(label[:, None].double(), tuple(size), mode="nearest-exact")[:, 0].long()
+    """int64 [N, H, W] -> [N, *size], as Pillow's nearest."""
+    return downsample(label, size, "nearest-exact")
 
 
 def cross_entropy(score: Tensor, label: Tensor, reduction: str, ignore: int = 255,
@@ -376,7 +308,7 @@ def step(nets: Networks, x_s: Tensor, y_s: Tensor, x_t: Tensor | None, o: Object
         apply(net)
         return {"loss_seg": loss}
 
-    real_s, real_t = unit(x_s, pixels), unit(x_t, pixels)
+    real_s, real_t = to_unit(x_s, pixels), to_unit(x_t, pixels)
     y_d = label_for_d(y_s, Discriminator.patches(x_s.shape[2:]))
     o = o._replace(valid_d=run.sum((y_d != o.ignore).sum().to(x_s.dtype)) / run.world)
     gen.requires_grad_(True)
@@ -457,29 +389,6 @@ def step_of_one_pass(nets: Networks, x_s: Tensor, y_s: Tensor, x_t: Tensor, real
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def reconstructions(nets: Networks, data: DomainPair, sizes: Sequence[tuple[int, int]], pixels: str, count: int,
-                    path: Path) -> None:
-    """Write panels [source, G(F(source)), target, G(F(target))] of ``count`` training images, spread over each set."""
-    modes = nets.net.training, nets.gen.training
-    nets.net.eval()
-    nets.gen.eval()
-    columns = []
-    for images, size in zip((data.source.images, data.target.images), sizes, strict=True):
-        views, reals, fakes = predict.ViewSet(images, size, pixels), [], []
-        for index in np.linspace(0, len(views) - 1, count).astype(int).tolist():
-            x = nets.run.place(views[index].tensors[0][None])
-            fake = nets.draw(nets.embed(x)[0], x)
-            reals.append(to_image(x[0], pixels))
-            fakes.append(to_image(normalised(fake, pixels)[0], pixels))
-        columns += [reals, fakes]
-    nets.net.train(modes[0])
-    nets.gen.train(modes[1])
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    width = min(max(sizes[0][0], 192), 480)
-    visual.save(visual.panel(rows, ["source", "G(F(source))", "target", "G(F(target))"], width), path)
-
-
 def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: str, lr: float, lr_g: float, lr_d: float,
                     beta1: float, beta1_gan: float, momentum: float,
                     weight_decay: float) -> dict[nn.Module, torch.optim.Optimizer]:
@@ -492,12 +401,6 @@ def make_optimizers(net: nn.Module, others: Sequence[nn.Module], *, optimizer: s
         torch.optim.SGD(groups, lr, momentum, weight_decay=weight_decay)
     return {net: first, **{m: torch.optim.Adam(m.parameters(), rate, (beta1_gan, 0.999))
                            for m, rate in zip(others, (lr_g, lr_d), strict=False)}}
-
-
-def below_dataroot(data_set: str, dataroot: str | None) -> str | None:
-    """The folder of a data set's description with ``dataroot`` in the place of data/; None where there is none."""
-    root = Path(load_description(data_set).root)
-    return str(Path(dataroot, root.relative_to("data"))) if dataroot and root.parts[0] == "data" else None
 
 
 def train(args: argparse.Namespace) -> Session:
@@ -513,10 +416,8 @@ def train(args: argparse.Namespace) -> Session:
     pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
     # data
-    root_s = args.data_dir or below_dataroot(args.source, args.dataroot)
-    root_t = args.data_dir_target or below_dataroot(args.target, args.dataroot)
-    source = Domain.open(args.source, root_s, args.source_set, args.data_list, "source")
-    target = Domain.open(args.target, root_t, args.set, args.data_list_target)
+    source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source", args.dataroot)
+    target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target, dataroot=args.dataroot)
     size_s, size_t = args.input_size or source.size, args.input_size_target or target.size
     crop_s, crop_t = (tuple(map(min, args.crop_size, size)) for size in (size_s, size_t))
     if args.base == "deeplab" and min(*crop_s, *crop_t) < 17:
@@ -578,8 +479,7 @@ def train(args: argparse.Namespace) -> Session:
             "pixels": pixels, **data.summary(f"{size_s}, crops {crop_s}", f"{size_t}, crops {crop_t}", gen is not None),
             "batch": f"{args.batch_size * run.world} pairs a step = {args.batch_size} x {run.world} processes",
             "steps": f"{session.iteration} to {args.num_steps}, {args.optimizer}"})
-        batches_s = session.batches(data.source, args.random_seed)
-        batches_t = None if gen is None else session.batches(data.target, args.random_seed + 1)
+        pairs = session.pairs(data, args.random_seed, source_only=gen is None)
         for module in modules.values():
             module.train()
         for i in session.steps(args.num_steps):
@@ -589,19 +489,14 @@ def train(args: argparse.Namespace) -> Session:
                 group["lr"] = lr * group["lr_mult"]
             # dropout masks that a resumed run repeats, and that differ between processes
             torch.manual_seed(int(np.random.SeedSequence([args.random_seed, i, run.rank]).generate_state(1)[0]))
-            batch_s = next(batches_s)
-            names, x_t = list(batch_s.name), None
-            if batches_t is not None:
-                batch_t = next(batches_t)
-                x_t = run.place(batch_t.image)
-                names += batch_t.name
-            losses = step(nets, run.place(batch_s.image), batch_s.label.to(run.device), x_t, objective, pixels=pixels,
-                          apply=apply, order=args.order, low_memory=args.low_memory, scale=scaler.scale)
+            x_s, y_s, x_t, names = next(pairs)
+            losses = step(nets, x_s, y_s, x_t, objective, pixels=pixels, apply=apply, order=args.order,
+                          low_memory=args.low_memory, scale=scaler.scale)
             scaler.update()
             session.end_step(losses, names, lr=lr)
             if session.is_due(args.eval_every) and gen is not None and run.is_main and args.save_num_images:
-                reconstructions(nets, data, (size_s, size_t), pixels, args.save_num_images,
-                                folder / "reconstructions" / f"{i + 1}.png")
+                predict.reconstructions([net, gen], lambda x: nets.draw(nets.embed(x)[0], x), data, (size_s, size_t),
+                                        pixels, args.save_num_images, folder / "reconstructions" / f"{i + 1}.png", run)
     return session
 
 

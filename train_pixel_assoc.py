@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from lib import checkpoint, flags, ops, predict, runtime
 from lib.datasets.description import Domain
 from lib.datasets.folder import open_pair
-from lib.datasets.transforms import Augment, ShortSideCrop
+from lib.datasets.transforms import Augment
 from lib.demo.comparison import train_and_compare
 from lib.demo.streets import render_demo
 from lib.errors import UserError
@@ -278,7 +278,8 @@ def train(args: argparse.Namespace) -> Session:
         augment = [Augment(size, pixels, random_mirror=args.random_mirror) for size in sizes]
     else:
         sizes = args.crop_size, args.crop_size
-        augment = [ShortSideCrop(args.crop_size, args.resize_short, pixels, args.random_mirror)] * 2
+        augment = [Augment(None, pixels, random_mirror=args.random_mirror, crop=args.crop_size,
+                           short=args.resize_short)] * 2
     if min(*sizes[0], *sizes[1]) < 17:
         raise UserError(f"cycles need images of at least 17x17, not {sizes[0]} and {sizes[1]}: choose a larger "
                         "--input-size and --input-size-target, or --crop-size")

@@ -220,13 +220,13 @@ CHECKS = {
     "model": lambda v: isinstance(v, str), "arch": lambda v: isinstance(v, str)}
 
 
-def open_network(path: str | Path, defaults: Mapping[str, object] | None = None,
+def open_network(path: str | Path, defaults: Mapping[str, object] | None = None, classes: Sequence[str] | None = None,
                  **given: object) -> tuple[nn.Module, dict[str, object], LoadReport]:
     """The segmentation network of a checkpoint, what is known of it, and the report of loading.
 
     What is known comes from ``given`` where it is not None (model, arch, aspp, pixels), else from the file's metadata,
-    its keys, ``defaults`` and CONVENTIONS, in this order. Raises UserError where the file holds no such network, does
-    not fill it, or has metadata that makes no sense.
+    its keys, ``defaults`` and CONVENTIONS, in this order. classes: those that it must tell apart. Raises UserError
+    where the file holds no such network, does not fill it, or has metadata that makes no sense.
     """
     weights, meta = read_weights(path)
     try:
@@ -248,6 +248,11 @@ def open_network(path: str | Path, defaults: Mapping[str, object] | None = None,
     report = load_into(net, weights, source=str(path))
     if report.missing or report.mismatched:
         raise UserError(f"{path} does not fill the network: {report}. Is --model or --arch wrong?")
+    if classes is not None:
+        named = list(known.get("classes", classes))
+        if named != list(classes) or known["num_classes"] != len(classes):
+            raise UserError(f"{path} tells {known['num_classes']} classes apart, not the {len(classes)} of this run "
+                            f"({', '.join(classes)}): choose --source, --target and --num-classes to fit")
     return net, known, report
 
 

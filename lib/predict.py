@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from lib import checkpoint, ops, visual
 from lib.datasets.folder import DomainPair, ImageFolder, outlive_stop
 from lib.datasets.pictures import read_image
-from lib.datasets.transforms import resize, to_tensor
+from lib.datasets.transforms import from_unit, resize, to_image, to_tensor
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_table, mean_iou
 from lib.models.deeplab import downsample, logits_of
 from lib.runtime import Run, as_float32
-from lib.session import Log
+from lib.session import Log, Passes
 
 MAX_SIDE = 1 << 15  # pixels of an image that goes through a network
 
@@ -221,6 +221,18 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
     return run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
 
 
+def score_in_passes(net: nn.Module, dataset: ImageFolder, views: ViewSet, passes: Passes, run: Run, *, flip: bool,
+                    workers: int) -> Tensor:
+    """Confusion matrix int64 [C, C] as the pass "score", counted in passes.counts["scored"], over all processes.
+
+    net: in the form of prepare; views: of the images of ``dataset``, at one scale or several.
+    """
+    for index, item in passes.over("score", len(views), lambda indices: load_views(views, indices, workers)):
+        label = predict(net, item.tensors, item.image.shape[1::-1], run, flip=flip).cpu().numpy()
+        passes.counts["scored"] += torch.from_numpy(confusion_of(label, dataset, index)).to(run.device)
+    return run.sum(passes.counts["scored"]).cpu()
+
+
 def pictures(nets: Mapping[str, nn.Module], data: DomainPair, size: tuple[int, int], pixels: str, max_images: int,
              path: Path, run: Run, *, align_corners: bool = True, aggregate: float = 0.0) -> None:
     """Write panels [image, truth, label map of each named network] of up to ``max_images`` validation images.
@@ -270,6 +282,32 @@ def right_associations(net: nn.Module, data: DomainPair, sizes: Sequence[tuple[i
     if run.is_main:
         visual.save(visual.stack([[sheet] for sheet in sheets]), path)
     return right / known if known else float("nan")
+
+
+@torch.no_grad()
+def reconstructions(modules: Sequence[nn.Module], redraw: Callable[[Tensor], Tensor], data: DomainPair,
+                    sizes: Sequence[tuple[int, int]], pixels: str, count: int, path: Path, run: Run) -> None:
+    """Write panels [source, G(F(source)), target, G(F(target))] of ``count`` training images, spread over each set.
+
+    redraw: images [1, 3, H, W] -> G(F(x)) in 0..1, with ``modules``, which are in eval mode meanwhile. sizes: (width,
+    height) that images of each domain are resized to.
+    """
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    columns = []
+    for images, size in zip((data.source.images, data.target.images), sizes, strict=True):
+        views, reals, fakes = ViewSet(images, size, pixels), [], []
+        for index in np.linspace(0, len(views) - 1, count).astype(int).tolist():
+            x = run.place(views[index].tensors[0][None])
+            reals.append(to_image(x[0], pixels))
+            fakes.append(to_image(from_unit(redraw(x), pixels)[0], pixels))
+        columns += [reals, fakes]
+    for module, mode in zip(modules, modes, strict=True):
+        module.train(mode)
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    width = min(max(sizes[0][0], 192), 480)
+    visual.save(visual.panel(rows, ["source", "G(F(source))", "target", "G(F(target))"], width), path)
 
 
 class Validation:

@@ -13,7 +13,7 @@ from conftest import cases, every, fill, load_reference
 from torch import nn
 
 import train_gan_da as script
-from lib.datasets.transforms import PIXELS
+from lib.datasets.transforms import PIXELS, to_unit
 from lib.models.fcn8s import FCN8s
 from lib.runtime import Run
 
@@ -92,7 +92,7 @@ def test_networks(networks):
         out["fc7"], out["pool4"], out["pool3"] = embedding
         out["netG_out"] = fake = gen(embedding, x.shape[2:])
         out["netD_fake_s"], out["netD_fake_c"] = dis(fake)
-        out["netD_real_s"], out["netD_real_c"] = dis(script.unit(x, "caffe"))
+        out["netD_real_s"], out["netD_real_c"] = dis(to_unit(x, "caffe"))
     for name, value in out.items():
         golden, part = every(DATA, f"eval_{name}")
         assert relative_error(value[part], DATA[golden]) <= 1e-9, name

@@ -26,16 +26,16 @@ from scripts import (
 
 import train_adaptsegnet
 import train_cbst as script
-from lib import checkpoint
+from lib import checkpoint, ops
 from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
 from lib.datasets.labels import read_indices, written_values
 from lib.datasets.prior import balanced_prior, spatial_prior
+from lib.datasets.transforms import RandomCrop
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.fcn8s import FCN8s
 from lib.ops.pseudo_label import _probabilities
-from train_cbst import random_crop
 
 SCRIPT = "train_cbst.py"
 CLASSES = list(load_description("demo").classes)
@@ -219,9 +219,9 @@ def test_probabilities_at_some_pixels_are_those_of_the_operators():
     prior = torch.rand(19, 40, 64, generator=generator)
     expected = _probabilities(logits[0], logits[1], prior, (40, 64), True, False)
     rows, cols = np.array([0, 7, 8, 39]), np.arange(64)[::-3]
-    ours = script.probabilities_at(logits, (40, 64), rows, cols, prior)
+    ours = ops.probabilities_at(logits, (40, 64), rows, cols, prior)
     torch.testing.assert_close(ours, expected[:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
-    once = script.probabilities_at(logits[:1], (40, 64), rows, cols)
+    once = ops.probabilities_at(logits[:1], (40, 64), rows, cols)
     torch.testing.assert_close(once, _probabilities(logits[0], None, None, (40, 64), True, False)
                                [:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
 
@@ -231,18 +231,18 @@ def test_mined_crops_hold_their_class():
     image = Image.fromarray(np.zeros((100, 200, 3), np.uint8))
     label = np.zeros((100, 200), np.uint8)
     label[70, 30] = 5
-    options = dict(working=None, crop=(40, 20), pixels="caffe", scale=False, mirrored=False)
 
-    def hits(**more) -> int:
-        return sum((random_crop(image, label, np.random.default_rng(n), **options, **more).label == 5).any().item()
-                   for n in range(400))
+    def hits(mine: list[int], chance: float) -> int:
+        cut = RandomCrop((40, 20), "caffe", mine_chance=chance)
+        return sum((cut(image, label, np.random.default_rng(n), mine=mine).label == 5).any().item() for n in range(400))
 
-    assert hits() < 60 and hits(mine=[5], mine_chance=1.0) == 400 and hits(mine=[4], mine_chance=1.0) < 60
-    assert 300 < hits(mine=[4, 5], mine_chance=0.8) < 360
-    crop = random_crop(image, label, np.random.default_rng(0), **options, mine=[5], mine_chance=1.0)
+    assert hits([], 1.0) < 60 and hits([5], 0.0) < 60 and hits([5], 1.0) == 400 and hits([4], 1.0) < 60
+    assert 300 < hits([4, 5], 0.8) < 360
+    always = RandomCrop((40, 20), "caffe", mine_chance=1.0)
+    crop = always(image, label, np.random.default_rng(0), mine=[5])
     assert (crop.label == 5).nonzero().tolist() == [[10, 20]]
     label[70, 30], label[99, 0] = 0, 5  # in a corner the crop is shifted back inside
-    crop = random_crop(image, label, np.random.default_rng(0), **options, mine=[5], mine_chance=1.0)
+    crop = always(image, label, np.random.default_rng(0), mine=[5])
     assert (crop.label == 5).nonzero().tolist() == [[19, 0]] and crop.rows[-1] == 99 and crop.cols[0] == 0
 
 
@@ -251,9 +251,9 @@ def test_crops_of_images_and_labels_agree():
     label = np.kron(np.random.default_rng(0).integers(0, 250, (6, 8)), np.ones((20, 20))).astype(np.uint8)
     image = Image.fromarray(np.repeat(label[..., None], 3, 2))
     sizes, mirrored = set(), 0
+    cut = RandomCrop((200, 150), "caffe", random_scale=True, random_mirror=True)
     for n in range(60):
-        crop = random_crop(image, label, np.random.default_rng(n), working=(240, 120), crop=(200, 150), pixels="caffe",
-                           scale=True, mirrored=True)
+        crop = cut(image, label, np.random.default_rng(n), working=(240, 120))
         m, k = len(crop.rows), len(crop.cols)
         sizes.add((m, k))
         mirrored += crop.cols[0] > crop.cols[-1]

@@ -249,14 +249,18 @@ class Domain:
 
     @classmethod
     def open(cls, data: str | Path | Description, root: str | Path | None = None, set_: str | None = None,
-             list_file: str | Path | None = None, default_set: str = "train") -> Domain:
+             list_file: str | Path | None = None, default_set: str = "train",
+             dataroot: str | Path | None = None) -> Domain:
         """The set ``set_`` of a described data set; what is None comes from its description.
 
         data: a shipped name, a .json file or a loaded description. default_set: "train", "val" or "source", the key
-        of the description's "sets" that holds where ``set_`` is None. Raises UserError for a bad description; whether
-        the images are there shows when they are listed.
+        of the description's "sets" that holds where ``set_`` is None. dataroot: what takes the place of the data/ that
+        the description's root may start with. Raises UserError for a bad description; whether the images are there
+        shows when they are listed.
         """
         description = data if isinstance(data, Description) else load_description(data)
+        if not root and dataroot and Path(description.root).parts[:1] == ("data",):
+            root = Path(dataroot, Path(description.root).relative_to("data"))
         return cls(description, Path(root or description.root), set_ or description.sets[default_set],
                    Path(list_file) if list_file else None)
 

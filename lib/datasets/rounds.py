@@ -27,11 +27,12 @@ class Rounds:
     """How far a run in ``folder`` has come. A round is labelled (stage "label"), then trained on (stage "train").
 
     The folder N.partial holds the round N at work, N a complete one. start: the weights that entered the first round.
-    Raises UserError for a folder that cannot hold a data set.
+    collapse: the share of the pixels in one class that ends a run. Raises UserError for a folder that cannot hold a
+    data set.
     """
 
-    def __init__(self, data: DomainPair, folder: Path, run: Run, start: str):
-        self.data, self.folder, self.run, self.start = data, folder, run, start
+    def __init__(self, data: DomainPair, folder: Path, run: Run, start: str, collapse: float):
+        self.data, self.folder, self.run, self.start, self.collapse = data, folder, run, start, collapse
         self.number, self.stage = 0, "label"
         self.reports: list[dict] = []         # of the rounds that were labelled, or at the end only scored
         self.confusion: Tensor | None = None  # of the network that entered the last one, on the validation set
@@ -100,16 +101,18 @@ class Rounds:
         except ValueError as error:
             raise UserError(f"round {self.number}: {error}. Last good checkpoint: {self.last_good}") from None
 
-    def require_diverse(self, pixels: Tensor, limit: float) -> None:
-        """Raises UserError where one class has more than the share ``limit`` of the predicted pixels [C]."""
+    def require_diverse(self, pixels: Tensor) -> None:
+        """Raises UserError where one class has almost all predicted pixels [C] of the network that entered the round.
+        """
         share = pixels.double() / pixels.sum()
-        if share.max() > limit:
+        if share.max() > self.collapse:
             what, advice = ("the network to start from", "Try") if self.number == 0 else (
                 f"the network trained in round {self.number - 1}",
                 f"Last good checkpoint: {self.last_good}. Try a lower --learning-rate or")
             raise UserError(f"round {self.number}: {what} has collapsed: {100 * share.max():.1f} % of the pixels are "
-                            f"'{self.data.classes[int(share.argmax())]}' (--collapse {limit}). {advice} another BN "
-                            "mode (--is-training, --bn-stats target) and the --pixels of the network's training")
+                            f"'{self.data.classes[int(share.argmax())]}' (--collapse {self.collapse}). {advice} "
+                            "another BN mode (--is-training, --bn-stats target) and the --pixels of the network's "
+                            "training")
 
     def keep_best(self, net: nn.Module, meta: Mapping) -> dict[str, object]:
         """Report the scores of the network that enters the round; its weights are kept where they are the best yet."""
@@ -132,7 +135,7 @@ class Rounds:
                 "labelled_share": sum(selection["labelled"].values()) / int(labelled.sum()),
                 "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
 
-    def labelled(self, report: dict, source_images: Sequence[int]) -> None:
+    def labelled(self, report: dict, source_images: Sequence[int], max_pictures: int) -> None:
         """Print and write the report of the round, whose stage is now "train"; one without thresholds only scored."""
         self.reports, self.stage = [*self.reports, report], "train"
         is_labelled = "thresholds" in report
@@ -145,6 +148,8 @@ class Rounds:
             if is_labelled:
                 source = self.data.source
                 self.labels().describe()
+                if max_pictures:
+                    self.labels().draw(max_pictures, self.at_work / "pictures.png")
                 write_list([source.images[i] for i in source_images], source.domain.root, self.at_work / "source.txt")
             write_text(self.at_work / "report.json", json.dumps(report, indent=1) + "\n")
             write_text(self.folder / "rounds.jsonl", "".join(map(_line, self.reports)))

@@ -49,6 +49,20 @@ def to_image(tensor: Tensor, pixels: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[..., ::-1] if p.bgr else array))
 
 
+def to_unit(x: Tensor, pixels: str) -> Tensor:
+    """Images [N, 3, H, W] of the named pixel convention in 0..1, not normalised, in the same channel order."""
+    p = PIXELS[pixels]
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
+    return (x * std + mean) / (255 * p.scale)
+
+
+def from_unit(x: Tensor, pixels: str) -> Tensor:
+    """The inverse of to_unit; x is clamped to 0..1."""
+    p = PIXELS[pixels]
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
+    return (x.clamp(0, 1) * 255 * p.scale - mean) / std
+
+
 def resize(image: Image.Image, label: np.ndarray | None, size: tuple[int, int]) -> Labelled:
     """To (width, height): the image bicubic, the label nearest, both as Pillow does it."""
     image = image.resize(size, Image.Resampling.BICUBIC) if image.size != size else image
@@ -79,20 +93,25 @@ def crop_or_pad(image: Tensor, label: Tensor, size: tuple[int, int], corner: tup
 class Augment:
     """Resize to ``size`` (width, height); optionally scale by 0.5..1.5 (then crop or pad back) and mirror (p = 0.5).
 
-    crop: (width, height) to cut out at random in the end. Called with (image, label or None, generator) it gives
+    crop: (width, height) to cut out at random in the end, where the image may be smaller. short: in place of ``size``,
+    which is None, a random short side from (minimum, maximum). Called with (image, label or None, generator) it gives
     (float32 [3, H, W], int64 [H, W]); without a label the second is all ``ignore``.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     pixels: str
     random_scale: bool = False
     random_mirror: bool = False
     ignore: int = 255
     crop: tuple[int, int] | None = None
+    short: tuple[int, int] | None = None
 
     def __call__(self, image: Image.Image, label: np.ndarray | None,
                  rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         size = self.size
+        if self.short:
+            factor = rng.integers(self.short[0], self.short[1] + 1) / min(image.size)
+            size = round(image.width * factor), round(image.height * factor)
         if self.random_scale:
             scale = rng.uniform(0.5, 1.5)
             size = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -106,31 +125,6 @@ class Augment:
         if self.random_scale or self.crop:
             x, y = crop_or_pad(x, y, self.crop or self.size, tuple(rng.random(2)), self.ignore)
         return x, y
-
-
-@dataclass(frozen=True)
-class ShortSideCrop:
-    """Resize to a random short side within ``short`` (minimum, maximum), cut ``size`` (width, height) out, mirror.
-
-    Called as Augment is. An image smaller than ``size`` is padded.
-    """
-
-    size: tuple[int, int]
-    short: tuple[int, int]
-    pixels: str
-    random_mirror: bool = True
-    ignore: int = 255
-
-    def __call__(self, image: Image.Image, label: np.ndarray | None,
-                 rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        factor = rng.integers(self.short[0], self.short[1] + 1) / min(image.size)
-        image, label = resize(image, label, (round(image.width * factor), round(image.height * factor)))
-        if label is None:
-            label = np.full(image.size[::-1], self.ignore, np.uint8)
-        if self.random_mirror and rng.random() < 0.5:
-            image, label = mirror(image, label)
-        return crop_or_pad(to_tensor(image, self.pixels), torch.from_numpy(label.astype(np.int64)), self.size,
-                           tuple(rng.random(2)), self.ignore)
 
 
 class Crop(NamedTuple):

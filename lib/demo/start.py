@@ -4,17 +4,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lib.datasets.folder import endless
+from lib.datasets.rounds import RoundSet
 from lib.models.deeplab import set_bn_affine, set_train_mode
 from lib.optim import deeplab_sgd, set_poly_lr
 from lib.runtime import Run
 
 
-def train_start(net: nn.Module, images: Dataset, step: Callable[..., Mapping[str, Tensor]], run: Run, *, num_steps: int,
-                rate: float, sgd: str, momentum: float, weight_decay: float, workers: int, seed: int) -> nn.Module:
-    """``net``, trained on ``images`` one by one. step: (net, a batch of them) -> losses, whose gradients it takes."""
+def train_start(net: nn.Module, images: RoundSet, step: Callable[..., Mapping[str, Tensor]], run: Run, *,
+                num_steps: int, rate: float, sgd: str, momentum: float, weight_decay: float, workers: int,
+                seed: int) -> nn.Module:
+    """``net``, trained on ``images`` (a RoundSet) one by one.
+
+    step: (net, images, labels, on_target) -> losses; it takes their gradients.
+    """
     set_bn_affine(net, True)
     set_train_mode(net.to(run.device, memory_format=run.memory_format))
     optimizer = deeplab_sgd(net, sgd, rate, momentum, weight_decay)
@@ -22,7 +26,8 @@ def train_start(net: nn.Module, images: Dataset, step: Callable[..., Mapping[str
     for i in range(num_steps):
         set_poly_lr(optimizer, rate, i, num_steps, 0.9)
         optimizer.zero_grad()
-        losses = step(net, next(batches))
+        batch = next(batches)
+        losses = step(net, run.place(batch.image), batch.label.to(run.device), batch.on_target.to(run.device))
         run.average_gradients([net])
         optimizer.step()
         if (i + 1) % 50 == 0:

@@ -233,11 +233,11 @@ class Deeplab(Backbone):
         _init_released(self)
         set_bn_affine(self, False)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """x [N, 3, H, W] -> logits [N, classes, h, w]; with features: (layer4, logits)."""
-        layer4 = self.stages(x)[2]
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """x [N, 3, H, W] -> logits [N, classes, h, w]; with features: (layer4, layer3, layer2, logits)."""
+        layer2, layer3, layer4 = self.stages(x)
         logits = self.layer5(layer4)
-        return (layer4, logits) if return_features else logits
+        return (layer4, layer3, layer2, logits) if return_features else logits
 
 
 # (channels, dilation, max-pooled afterwards): conv1 to conv5, then fc6 and fc7 as convolutions.
