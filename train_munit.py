@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,49 +23,34 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, ops, runtime, visual
-from lib.datasets.description import Domain, load_description
-from lib.datasets.folder import ImageFolder
-from lib.datasets.pictures import read_image, spread
-from lib.datasets.unpaired import (
-    FlipResizeCrop,
-    find_domains,
-    from_symmetric,
-    open_domains,
-    short_side_size,
-    to_symmetric,
-)
+from lib import checkpoint, flags, ops, runtime
+from lib.config import config_flags
+from lib.datasets.description import Domain
+from lib.datasets.unpaired import FlipResizeCrop, find_domains, open_domains
 from lib.demo.streets import render_demo
 from lib.demo.translation import compare_translations
-from lib.errors import UserError
-from lib.files import atomic_write
 from lib.models.segmenter import FrozenSegmenter, load_segmenter, loss_semantic
 from lib.models.translation import (
     ACTIVATIONS,
     PADDINGS,
     ConvBlock,
-    Generator,
     MunitGenerator,
     UnitGenerator,
     Vgg16Features,
     init_weights,
-    load_released,
+    load_pair,
     load_vgg16,
-    read_pair,
+    save_pair,
+    together,
 )
 from lib.optim import GuardedStep
+from lib.predict_translation import Panels, Translator, show_codes
 from lib.runtime import as_float32
 from lib.session import Session
 
-# the release's keys of a configuration whose flag is called otherwise; gen: {dim: 64} is --gen-dim, {n_res: 4} --n-res
-RENAMED = {"snapshot_save_iter": "save_pred_every", "image_save_iter": "eval_every", "display_size": "save_num_images",
-           "log_iter": "log_every"}
-# keys that may have this value only: RGB pictures, and a loss that the release does not compute
-FIXED = {"input_dim_a": 3, "input_dim_b": 3, "recon_h_w": 0}
 # --demo: narrow networks on the rendered pair, which keep twice the usual resolution
 DEMO = dict(**flags.DEMO_DATA, new_size=96, crop_image_height=96, crop_image_width=96, gen_dim=16, dis_dim=16,
             n_downsample=1, n_res=3, mlp_dim=64, recon_x_cyc_w=10.0, lr=5e-4, max_iter=1600, step_size=800,
@@ -86,10 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     weights.add_argument("--gan-type", choices=["lsgan", "nsgan"], default="lsgan")
     weights.add_argument("--vgg-weights", metavar="FILE|imagenet", default="imagenet",
                          help="VGG-16 for --vgg-w, with torchvision's or Caffe's keys")
-    weights.add_argument("--lambda-semantic", type=flags.amount, default=0.0,
-                         help="CyCADA's semantic consistency, judged by --segmenter")
-    weights.add_argument("--segmenter", metavar="CHECKPOINT", help="of a segmentation network, which stays as it is")
-    weights.add_argument("--labelled", action="store_true", help="--lambda-semantic takes the labels of --source")
+    flags.add_semantic(p)
     net = p.add_argument_group("networks")
     for name, default, text in (("gen-dim", 64, "channels of the first layer of E"), ("n-downsample", 2, "of E"),
                                 ("n-res", 4, "residual blocks of E and of G"), ("style-dim", 8, "MUNIT: length of s"),
@@ -133,8 +114,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.set_defaults(save_pred_every=10000, save_num_images=4)
     argv = sys.argv[1:] if argv is None else list(argv)
     config = p.parse_known_args(argv)[0].config
-    known = {action.dest for action in p._actions}
-    args = flags.parse(p, [*(config_flags(Path(config), known) if config else ()), *argv], DEMO)
+    args = flags.parse(p, [*(config_flags(Path(config), p) if config else ()), *argv], DEMO)
 
     args.new_size_a, args.new_size_b = args.new_size_a or args.new_size, args.new_size_b or args.new_size
     if args.recon_x_cyc_w is None:
@@ -150,40 +130,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("a", "b"):
         if getattr(args, f"new_size_{name}") < min(args.crop_image_height, args.crop_image_width):
             p.error(f"--new-size-{name} {getattr(args, f'new_size_{name}')} is smaller than the crop")
-    if (args.lambda_semantic > 0) != (args.segmenter is not None):
-        p.error("--lambda-semantic and --segmenter belong together")
-    if args.labelled and not (args.segmenter and args.source):
-        p.error("--labelled needs --segmenter and --source")
     return args
-
-
-def config_flags(path: Path, known: set[str]) -> list[str]:
-    """A configuration of the release as flags of this script. Raises UserError for a key that is not known here."""
-    try:
-        import yaml
-    except ImportError:
-        raise UserError("--config needs the package PyYAML: pip install pyyaml") from None
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read: {error}") from None
-    if not isinstance(entries, dict):
-        raise UserError(f"--config {path}: KEY: VALUE lines are expected")
-    values = {}
-    for key, value in entries.items():
-        values |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {str(key): value}
-
-    def flag_of(key: str) -> str | None:
-        names = RENAMED.get(key), key.replace(".", "_"), key.partition(".")[2] or key
-        return next((name for name in names if name in known - {"config", "trainer"}), None)
-
-    unknown = [f"{key}: {value} (it must be {FIXED[key]})" if key in FIXED else key for key, value in values.items()
-               if value != FIXED.get(key, value) or key not in FIXED and flag_of(key) is None]
-    if unknown:
-        raise UserError(f"--config {path}: {len(unknown)} key{'s' * (len(unknown) > 1)} not known here: "
-                        f"{', '.join(unknown)}")
-    return [f"--{flag_of(key).replace('_', '-')}={value}" for key, value in values.items()
-            if key not in FIXED and value is not None]
 
 
 # --- networks and losses: images are RGB [N, 3, H, W] in -1..1 --------------------------------------------------------
@@ -260,23 +207,10 @@ class Weights(NamedTuple):
     lambda_semantic: float = 0.0  # CyCADA
 
 
-class Judges(NamedTuple):
-    """Frozen networks that some losses need."""
-
-    vgg: Vgg16Features | None = None
-    segmenter: FrozenSegmenter | None = None
-
-
-NO_JUDGES = Judges()
 Draw = Callable[[Sequence[int]], Tensor]  # N(0, I) of a shape
 Domains = Mapping[str, object]            # "a" and "b": networks, pictures x, styles s
 
 # What follows is written for x_ba, the picture of B in the domain A; called with "b" and "a" it is about x_ab.
-
-
-def together(net: Callable[..., Tensor], *inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``net`` on several inputs in one batch, which is exact where no layer mixes the samples of a batch."""
-    return net(*(torch.cat(parts) for parts in zip(*inputs, strict=True))).chunk(len(inputs))
 
 
 def munit_codes(gen: Domains, x: Domains) -> dict[str, Tensor]:
@@ -359,26 +293,27 @@ def weight_of(name: str, w: Weights) -> float:
 
 
 def loss_gen(trainer: str, gen: Domains, dis: Domains, x: Domains, codes: Mapping[str, Tensor], draw: Draw, w: Weights,
-             *, gan_type: str, run: runtime.Run, judges: Judges = NO_JUDGES,
-             y_a: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+             *, gan_type: str, run: runtime.Run, vgg: Vgg16Features | None = None,
+             segmenter: FrozenSegmenter | None = None, y_a: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
     """The unweighted terms of UNIT Eq. 1 or MUNIT Eq. 5: those around x_ba, then those around x_ab.
 
-    No term needs both translations, so that their graphs need not be held together. y_a: labels of x_a.
+    No term needs both translations, so that their graphs need not be held together. vgg, segmenter: frozen networks
+    of the losses that need them. y_a: labels of x_a.
     """
     noise = METHODS[trainer].noise_g(codes, draw)
     for a, b in ("ab", "ba"):
         with run.autocast():
             x_ba, losses = METHODS[trainer].losses(gen, x, codes, noise, w, a, b)
             losses[f"adv_{a}"] = loss_gan(dis[a](x_ba), 1.0, gan_type)
-            if judges.vgg is not None:
-                losses[f"vgg_{a}"] = loss_vgg(judges.vgg, x_ba, x[b])
-            if judges.segmenter is not None:
-                losses[f"semantic_{a}"] = loss_semantic(judges.segmenter, x_ba, x[b], y_a if b == "a" else None)
+            if vgg is not None:
+                losses[f"vgg_{a}"] = loss_vgg(vgg, x_ba, x[b])
+            if segmenter is not None:
+                losses[f"semantic_{a}"] = loss_semantic(segmenter, x_ba, x[b], y_a if b == "a" else None)
         yield losses
 
 
 def step(trainer: str, gen: Domains, dis: Domains, x: Domains, draw: Draw, w: Weights, update: GuardedStep, *,
-         gan_type: str, run: runtime.Run, judges: Judges = NO_JUDGES,
+         gan_type: str, run: runtime.Run, vgg: Vgg16Features | None = None, segmenter: FrozenSegmenter | None = None,
          y_a: Tensor | None = None) -> dict[str, Tensor]:
     """One iteration: D, then G.
 
@@ -403,7 +338,8 @@ def step(trainer: str, gen: Domains, dis: Domains, x: Domains, draw: Draw, w: We
         dis[d].requires_grad_(False)
     # the codes' gradients add up over both directions, and then go back through the encoders once
     leaves = {name: code.detach().requires_grad_() for name, code in codes.items()}
-    for terms in loss_gen(trainer, gen, dis, x, leaves, draw, w, gan_type=gan_type, run=run, judges=judges, y_a=y_a):
+    for terms in loss_gen(trainer, gen, dis, x, leaves, draw, w, gan_type=gan_type, run=run, vgg=vgg,
+                          segmenter=segmenter, y_a=y_a):
         total = sum(weight_of(name, w) * loss for name, loss in terms.items())
         update.backward("gen", total)
         losses |= {f"gen_{name}": loss.detach() for name, loss in terms.items()}
@@ -434,94 +370,6 @@ def draws(seed: int, i: int, run: runtime.Run, batch: int) -> Draw:
     return draw
 
 
-def padded(x: Tensor, multiple: int) -> Tensor:
-    """x [N, C, H, W] continued by reflection to the right and below, to sides that are multiples."""
-    return F.pad(x, (0, -x.shape[3] % multiple, 0, -x.shape[2] % multiple), mode="reflect")
-
-
-class Panels:
-    """Pictures of what the networks do, in the place of a Session's validation.
-
-    Each row: x, its translations (MUNIT: with random styles, the same at every validation, then with the style of a
-    picture of the other domain), the reconstruction, and the way there and back. Rows of A and B alternate.
-    """
-
-    RANDOM = 3  # styles
-
-    def __init__(self, trainer: str, images: Mapping[str, Sequence[Path]], sizes: Mapping[str, int], folder: Path,
-                 run: runtime.Run, count: int, seed: int):
-        self.trainer, self.sizes, self.folder, self.run = trainer, sizes, folder, run
-        self.images = {d: [paths[i] for i in spread(len(paths), count)] for d, paths in images.items()}
-        self.seed, self.iteration = seed, None
-
-    def state_dict(self) -> dict[str, object]:
-        return {"iteration": self.iteration}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        self.iteration = state["iteration"]
-
-    def __call__(self, gen: nn.ModuleDict, iteration: int, meta: Mapping[str, object], log: object) -> None:
-        self.iteration = iteration
-        self.write(gen, f"gen_{iteration:08d}.png")
-
-    def report(self) -> None:
-        if self.images["a"]:
-            self.run.say(f"pictures: {self.folder}")
-
-    @torch.no_grad()
-    def write(self, gen: nn.ModuleDict, name: str) -> None:
-        if not self.run.is_main or not self.images["a"]:
-            return
-        draw, rows = draws(self.seed, 0, runtime.Run(self.run.device, 0, 1, "off"), 1), []
-        styles = [draw((1, gen["a"].style_dim, 1, 1)) for _ in range(self.RANDOM)] if self.trainer == "MUNIT" else []
-        for paths in zip(*self.images.values(), strict=False):  # a set may be smaller
-            x = {d: self.read(path, self.sizes[d]) for d, path in zip("ab", paths, strict=True)}
-            for here, there in ("ab", "ba"):
-                cells = self.row(gen[here], gen[there], x[here], x[there], styles)
-                height, width = x[here].shape[2:]
-                rows.append([from_symmetric(cell[0, :, :height, :width]) for cell in cells])
-        titles = ["x", *(f"style {n + 1}" for n in range(self.RANDOM)), "style of a picture"] if styles \
-            else ["x", "translated"]
-        picture = visual.panel(rows, [*titles, "reconstructed", "there and back"], min(rows[0][0].width, 320))
-        with atomic_write(self.folder / name) as path:
-            picture.save(path)
-
-    def read(self, path: Path, short: int) -> Tensor:
-        image = read_image(path)
-        image = image.resize(short_side_size(image.size, short), Image.Resampling.BILINEAR)  # as in training
-        return to_symmetric(image)[None].to(self.run.device)
-
-    def row(self, here: Generator, there: Generator, x: Tensor, other: Tensor,
-            styles: Sequence[Tensor]) -> list[Tensor]:
-        x, other = padded(x, here.stride), padded(other, there.stride)
-        code = here.encode(x)
-        if self.trainer == "UNIT":
-            fake = there.decode(code)
-            return [x, fake, here.decode(code), here.decode(there.encode(fake))]
-        own, example = here.style(x), there.style(other)
-        fakes = [there.decode(code, s) for s in (*styles, example)]
-        return [x, *fakes, here.decode(code, own), here.decode(there.encode(fakes[0]), own)]
-
-
-def save_pair(modules: nn.ModuleDict, path: Path, meta: Mapping[str, object]) -> None:
-    """Under the release's names; ``meta`` travels with the network a."""
-    pair = {d: OrderedDict((k, v.detach().cpu()) for k, v in net.state_dict().items()) for d, net in modules.items()}
-    pair["a"].segadapt = dict(meta)
-    checkpoint.save(pair, path)
-
-
-class ReleasedNames(Session):
-    """Snapshots as the release writes them: gen_%08d.pt, dis_%08d.pt, and the last optimizer.pt."""
-
-    def save_snapshot(self) -> None:
-        if self.run.is_main:
-            folder, meta = self.folder / "checkpoints", self.meta(self.iteration)
-            for name, module in self.modules.items():
-                save_pair(module, folder / f"{name}_{self.iteration:08d}.pt", meta)
-            checkpoint.save({name: optimizer.state_dict() for name, optimizer
-                             in zip(self.modules, self.optimizers, strict=True)}, folder / "optimizer.pt")
-
-
 def build(args: argparse.Namespace) -> dict[str, nn.ModuleDict]:
     """{"gen": generators a and b, "dis": discriminators}, from --restore-from or drawn."""
     sizes = dict(dim=args.gen_dim, n_downsample=args.n_downsample, n_res=args.n_res, activ=args.gen_activ,
@@ -536,12 +384,9 @@ def build(args: argparse.Namespace) -> dict[str, nn.ModuleDict]:
     init_weights(dis, "gaussian")
     if args.restore_from:
         path = Path(args.restore_from)
-        files = {"gen": path, "dis": path.with_name(path.name.replace("gen", "dis", 1))}
-        for name, nets in (("gen", gen), ("dis", dis)):
-            if name == "gen" or files[name].is_file():
-                pair, _ = read_pair(files[name])
-                for d, net in nets.items():
-                    load_released(net, pair[d], f"{files[name]} ({d})", "Is it of another --trainer or other sizes?")
+        load_pair(gen, path)
+        if (beside := path.with_name(path.name.replace("gen", "dis", 1))).is_file():
+            load_pair(dis, beside)
     return {"gen": gen, "dis": dis}
 
 
@@ -553,17 +398,12 @@ def train(args: argparse.Namespace) -> Session:
     folder, w = Path(args.snapshot_dir), Weights(**{name: getattr(args, name) for name in Weights._fields})
 
     # data
-    parts = [f"{part}_{domain}" for part in ("train", "test") for domain in "ab"]
-    found = find_domains(
-        dataroot=args.data_root, folders={part: getattr(args, f"data_folder_{part}") for part in parts},
-        lists={part: getattr(args, f"data_list_{part}") for part in parts},
-        source=(args.source, args.data_dir, args.source_set, args.data_list),
-        target=(args.target, args.data_dir_target, args.set, args.data_list_target))
+    found = find_domains(**flags.domains(args))
     segmenter = load_segmenter(args.segmenter) if args.segmenter else None
     labelled = None
     if args.labelled:
         source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
-        labelled = ImageFolder(source, segmenter.classes, None, task=load_description(segmenter.task))
+        labelled = segmenter.labels_of(source)
     crop = args.crop_image_width, args.crop_image_height
     data = open_domains(found, FlipResizeCrop(args.new_size_a, crop), FlipResizeCrop(args.new_size_b, crop),
                         args.random_seed, labelled, args.check_data)
@@ -572,8 +412,8 @@ def train(args: argparse.Namespace) -> Session:
         raise SystemExit(0)
 
     # networks and optimisers
-    vgg = load_vgg16(args.vgg_weights) if w.vgg_w > 0 else None
-    judges = Judges(*(None if net is None else run.place_net(net) for net in (vgg, segmenter)))
+    vgg = run.place_net(load_vgg16(args.vgg_weights)) if w.vgg_w > 0 else None
+    segmenter = segmenter and run.place_net(segmenter)
     modules = {name: run.place_net(nets) for name, nets in build(args).items()}
     gen, dis = modules["gen"], modules["dis"]
     if args.compile:
@@ -584,15 +424,23 @@ def train(args: argparse.Namespace) -> Session:
     millions = {name: sum(p.numel() for p in nets["a"].parameters()) / 1e6 for name, nets in modules.items()}
     scaler = run.scaler()
     update = GuardedStep(run, modules, optimizers, scaler, args.max_gradient)
-    panels = Panels(args.trainer, {"a": data.test_a, "b": data.test_b}, {"a": args.new_size_a, "b": args.new_size_b},
-                    folder / "images", run, args.save_num_images, args.random_seed)
+    draw = draws(args.random_seed, 0, runtime.Run(run.device, 0, 1, "off"), 1)
+    styles = [draw((1, args.style_dim, 1, 1)) for _ in range(3)] if args.trainer == "MUNIT" else []
+    panels = Panels(data, *show_codes(gen, styles), folder / "images", run, args.save_num_images, "gen_{:08d}.png")
 
     def meta_of(iteration: int) -> dict[str, object]:
         return {"script": "train_munit.py", "method": args.trainer, "iteration": iteration, "activ": args.gen_activ,
                 "pad_type": args.gen_pad_type, "new_size": [args.new_size_a, args.new_size_b]}
 
-    with ReleasedNames(run, args, folder, modules, list(optimizers.values()), scaler=scaler, meta=meta_of, prefix="",
-                       validation=panels, free={"max_iter", "output_path", "image_display_iter", "config"}) as session:
+    def snapshot(iteration: int) -> None:
+        """Under the release's names."""
+        for name, nets in modules.items():
+            save_pair(nets, folder / f"checkpoints/{name}_{iteration:08d}.pt", meta_of(iteration))
+        checkpoint.save({name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+                        folder / "checkpoints/optimizer.pt")
+
+    with Session(run, args, folder, modules, list(optimizers.values()), scaler=scaler, meta=meta_of, snapshot=snapshot,
+                 validation=panels, free={"max_iter", "output_path", "image_display_iter", "config"}) as session:
         session.header({
             "weights": args.restore_from or f"none, random weights ({args.init})",
             "networks": f"{args.trainer}, {millions['gen']:.1f} M weights in each generator, "
@@ -616,13 +464,13 @@ def train(args: argparse.Namespace) -> Session:
             update.where = f"iteration {i + 1}, {', '.join(names)}"
             losses = step(args.trainer, gen, dis, {"a": run.place(batch_a.image), "b": run.place(batch_b.image)},
                           draws(args.random_seed, i, run, args.batch_size), w, update, gan_type=args.gan_type, run=run,
-                          judges=judges, y_a=batch_a.label.to(run.device) if labelled else None)
+                          vgg=vgg, segmenter=segmenter, y_a=batch_a.label.to(run.device) if labelled else None)
             scaler.update()
             session.end_step(losses, names, lr=lr)
             if i == first:
                 run.say(f"peak memory of an iteration: {runtime.peak_memory(run.device):.1f} GiB")
             if (i + 1) % args.image_display_iter == 0:
-                panels.write(gen, "current.png")
+                panels.write("current.png")
     return session
 
 
@@ -633,13 +481,11 @@ def demo(args: argparse.Namespace) -> int:
     if session.exit_code:
         return session.exit_code
     gen, run = session.modules["gen"], session.run
-    draw = draws(args.random_seed, 0, run, 1)
+    translator, draw = Translator.of_pair(gen["a"], gen["b"]), draws(args.random_seed, 0, run, 1)
 
     def translate(x: Tensor) -> Tensor:
         """x_ab, with a random style."""
-        code = gen["a"].encode(padded(x, gen["a"].stride))
-        styles = [draw((1, gen["b"].style_dim, 1, 1))] if args.trainer == "MUNIT" else []
-        return gen["b"].decode(code, *styles)[:, :, :x.shape[2], :x.shape[3]]
+        return translator(x, draw((1, args.style_dim, 1, 1)) if args.trainer == "MUNIT" else None)
 
     compare_translations({args.trainer: translate}, root, session.folder / "demo", run, seed=args.random_seed)
     return 0

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -31,34 +31,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import checkpoint, flags, ops, runtime, visual
-from lib.datasets.description import Domain, load_description
-from lib.datasets.folder import ImageFolder
-from lib.datasets.pictures import open_image, read_image, spread
+from lib import checkpoint, flags, ops, runtime
+from lib.datasets.description import Domain
+from lib.datasets.persons import open_persons
 from lib.datasets.unpaired import (
-    MIN_SIDE,
     PREPROCESS,
     Domains,
     Preprocess,
     find_domains,
-    from_symmetric,
     open_domains,
+    require_one_size,
 )
 from lib.demo.streets import render_demo
 from lib.demo.translation import compare_translations
 from lib.errors import UserError
-from lib.models.cyclegan import (
-    BLOCKS,
-    InstanceNorm,
-    ResnetGenerator,
-    build_generator,
-    from_release,
-    init_normal,
-)
+from lib.models.cyclegan import BLOCKS, InstanceNorm, ResnetGenerator, init_normal, load_networks
 from lib.models.segmenter import load_segmenter, loss_semantic
+from lib.models.translation import together
 from lib.optim import GuardedStep
+from lib.predict_translation import Panels
 from lib.runtime import Run, as_float32
-from lib.session import Session
+from lib.session import LastLosses, Session
 
 # what follows from --method where a flag is not given
 DEFAULTS = {
@@ -91,12 +84,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lambda_identity", type=flags.amount, default=0.5, help="identity, times lambda_A or _B")
     method.add_argument("--lambda_contrastive", type=flags.amount, help="SPGAN: SiaNet's loss in G's (2)")
     method.add_argument("--margin", type=flags.positive, default=2.0, help="SPGAN: of negative pairs")
-    method.add_argument("--lambda_semantic", "--lambda-semantic", type=flags.amount, default=0.0,
-                        help="CyCADA: a frozen segmenter must decide alike before and after the translation")
-    method.add_argument("--segmenter", metavar="CHECKPOINT", help="that segmenter, trained on the source")
-    method.add_argument("--labelled", action="store_true", help="CyCADA: for A to B the source's labels instead")
     method.add_argument("--gan_mode", choices=["lsgan", "vanilla", "wgangp"], default="lsgan")
     method.add_argument("--pool_size", type=flags.up_to(4096, 0), default=50, help="former fakes for D; SPGAN: batches")
+    flags.add_semantic(p)
     net = p.add_argument_group("networks")
     net.add_argument("--netG", choices=list(BLOCKS), default="resnet_9blocks")
     net.add_argument("--netD", choices=["basic", "n_layers"], default="basic", help="basic: three strided layers")
@@ -140,10 +130,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.gpu_ids is not None:
         args.cpu, args.gpu = args.gpu_ids < 0, max(args.gpu_ids, 0)
     args.snapshot_dir = args.snapshot_dir or f"{args.checkpoints_dir}/{args.name}"
-    if bool(args.lambda_semantic) != bool(args.segmenter):
-        p.error("--lambda_semantic and --segmenter go together")
-    if args.labelled and not (args.source and args.segmenter and args.direction == "AtoB"):
-        p.error("--labelled needs --source, whose labels it uses, --segmenter and --direction AtoB")
+    if args.labelled and args.direction != "AtoB":
+        p.error("--labelled needs --direction AtoB")
     if args.n_epochs + args.n_epochs_decay < args.epoch_count:
         p.error(f"--epoch_count {args.epoch_count}: there are {args.n_epochs + args.n_epochs_decay} epochs")
     if args.netD == "basic" and args.n_layers_D not in (None, 3):
@@ -297,13 +285,6 @@ class Weights(NamedTuple):
     lambda_semantic: float = 0.0     # CyCADA
 
 
-def together(net: nn.Module, *xs: Tensor) -> Iterable[Tensor]:
-    """net of each batch, in one pass where the sizes allow; exact, since no layer mixes images."""
-    if len({x.shape[1:] for x in xs}) > 1:
-        return [net(x) for x in xs]
-    return net(torch.cat(xs)).split([len(x) for x in xs])
-
-
 def step(nets: Networks, pool_a: ImagePool, pool_b: ImagePool, x_a: Tensor, x_b: Tensor, w: Weights, run: Run,
          update: GuardedStep, *, gan_mode: str = "lsgan", train_g: bool = True, contrastive: bool = False,
          train_sia: bool = False, keep: Callable[[], Tensor] | None = None, segmenter: nn.Module | None = None,
@@ -401,105 +382,23 @@ def dropout_masks(seed: int, i: int, n: int, run: Run) -> Callable[[], Tensor]:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class Panels:
-    """Pictures [x_a, x_ab, x_aba, x_b, x_ba, x_bab] in the place of a Session's validation."""
-
-    def __init__(self, nets: Networks, data: Domains, show: Preprocess, folder: Path, run: Run, max_pictures: int):
-        self.nets, self.show, self.folder, self.run, self.iteration = nets, show, folder, run, None
-        count = min(max_pictures, len(data.test_a), len(data.test_b))
-        self.images = [[paths[i] for i in spread(len(paths), count)] for paths in (data.test_a, data.test_b)]
-
-    def state_dict(self) -> dict[str, object]:
-        return {"iteration": self.iteration}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        self.iteration = state["iteration"]
-
-    @torch.no_grad()
-    def __call__(self, net: nn.Module, iteration: int, meta: Mapping[str, object], log: object) -> None:
-        self.iteration, rows = iteration, []
-        for paths in zip(*self.images, strict=True) if self.run.is_main else ():
-            x_a, x_b = (self.run.place(self.show.whole(read_image(path))[None]) for path in paths)
-            with self.run.autocast():
-                x_ab, x_ba = self.nets.g_ab(x_a), self.nets.g_ba(x_b)
-                cells = x_a, x_ab, self.nets.g_ba(x_ab), x_b, x_ba, self.nets.g_ab(x_ba)
-            rows.append([from_symmetric(x[0]) for x in cells])
-        if rows:
-            picture = visual.panel(rows, ["A", "A to B", "and back", "B", "B to A", "and back"],
-                                   min(max(rows[0][0].width, 128), 320))
-            visual.save(picture, self.folder / f"{iteration}.png")
-
-    def report(self) -> None:
-        if self.images[0]:
-            self.run.say(f"pictures: {self.folder}")
-
-
-class LastLosses(dict):
-    """The latest value of every loss, G's too in SPGAN's iterations without G; resumed with the run."""
-
-    def state_dict(self) -> dict:
-        return dict(self)
-
-    def load_state_dict(self, state: dict) -> None:
-        self.update(state)
-
-
-class ReleasedNames(Session):
-    """Snapshots under the names of CycleGAN's release, latest_net_G_A.pth and after some epochs 5_net_G_A.pth, ..."""
-
-    labels: Callable[[int], Sequence[str]]  # after an iteration
-
-    def save_snapshot(self) -> None:
-        for label in self.labels(self.iteration) if self.run.is_main else ():
-            for suffix, net in self.modules.items():
-                checkpoint.save_weights(net, self.folder / f"{label}_net_{suffix}.pth", self.meta(self.iteration))
-
-
-def open_data(args: argparse.Namespace, segmenter: nn.Module | None) -> Domains:
-    transform = preprocess(args)
-    parts = [f"{part}_{domain}" for part in ("train", "test") for domain in "ab"]
-    found = find_domains(
-        dataroot=args.data_root, folders={part: getattr(args, f"data_folder_{part}") for part in parts},
-        lists={part: getattr(args, f"data_list_{part}") for part in parts},
-        source=(args.source, args.data_dir, args.source_set, args.data_list),
-        target=(args.target, args.data_dir_target, args.set, args.data_list_target))
-    if args.direction == "BtoA":
-        found = {f"{key[:-1]}{'b' if key[-1] == 'a' else 'a'}": paths for key, paths in found.items()}
-    labelled = None
-    if args.labelled:
-        source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
-        labelled = ImageFolder(source, segmenter.classes, None, task=load_description(segmenter.task))
-    data = open_domains(found, transform, transform, args.random_seed, labelled, args.check_data)
-    if args.batch_size > 1 and not args.preprocess.endswith("crop"):
-        for domain in data[:2]:
-            sizes = {transform.working_size(open_image(path).size) for path in domain.images}
-            if len(sizes) > 1:
-                raise UserError(f"{domain.name} has pictures of {len(sizes)} sizes, which make no batch of "
-                                f"{args.batch_size}: choose a --preprocess that crops, or --batch_size 1")
-    return data
-
-
 def preprocess(args: argparse.Namespace) -> Preprocess:
-    """Raises UserError for sizes that the networks cannot take."""
-    sides = args.crop_size if args.preprocess.endswith("crop") else ()
-    if any(side % 4 or side < MIN_SIDE for side in sides):
-        raise UserError(f"--crop_size {sides[0]},{sides[1]}: sides of a crop are multiples of 4, at least {MIN_SIDE}")
     return Preprocess(args.preprocess, args.load_size, args.crop_size, not args.no_flip)
 
 
-def read_weights(nets: Mapping[str, nn.Module], folder: Path, label: str) -> str:
-    """LABEL_net_*.pth of this script or of CycleGAN's release; the header's line. Raises UserError."""
-    for suffix, net in nets.items():
-        path = folder / f"{label}_net_{suffix}.pth"
-        weights = from_release(checkpoint.load(path))
-        if isinstance(net, ResnetGenerator):
-            build_generator(weights, str(path))
-        try:
-            net.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(f"{path} is of another network than the flags say: {' '.join(str(error).split())[:300]}") \
-                from None
-    return f"{folder}/{label}_net_*.pth"
+def open_data(args: argparse.Namespace, segmenter: nn.Module | None) -> Domains:
+    """The two domains, B first with --direction BtoA. Raises UserError."""
+    transform, found, labelled = preprocess(args), find_domains(**flags.domains(args)), None
+    if args.direction == "BtoA":
+        found = {f"{key[:-1]}{'b' if key[-1] == 'a' else 'a'}": paths for key, paths in found.items()}
+    if args.labelled:
+        source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
+        labelled = segmenter.labels_of(source)
+    data = open_domains(found, transform, transform, args.random_seed, labelled, args.check_data)
+    if args.batch_size > 1 and not transform.crops:
+        for pictures in (data.train_a, data.train_b):
+            require_one_size(pictures, args.batch_size)
+    return data
 
 
 def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
@@ -533,7 +432,7 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
     if args.resume and args.epoch != "latest" and not (folder / f"{args.epoch}_net_G_A.pth").exists():
         raise UserError(f"--epoch {args.epoch}: there is no {folder}/{args.epoch}_net_G_A.pth")
     if args.resume and not (folder / "resume.pth").exists() and (folder / f"{args.epoch}_net_G_A.pth").exists():
-        loaded = read_weights(modules, folder, args.epoch)
+        loaded = load_networks(modules, folder, args.epoch)
     modules |= {"M": nets.sia} if spgan else {}
     for net in modules.values():
         run.place_net(net, compiled=args.compile)
@@ -551,16 +450,25 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
         return {"script": "train_spgan.py", "method": args.method, "direction": args.direction,
                 "iteration": iteration, "scale": preprocess(args).scale}
 
-    def labels_of(iteration: int) -> list[str]:
+    def snapshot(iteration: int) -> None:
+        """Under the names of CycleGAN's release: latest_net_G_A.pth, and after some epochs 5_net_G_A.pth too."""
         epochs, rest = divmod(iteration, epoch_length)
         epoch = args.epoch_count - 1 + epochs
         numbered = rest == 0 and (epoch % args.save_epoch_freq == 0 or iteration == total)
-        return ["latest", *([str(epoch)] if numbered else [])]
+        for label in ("latest", epoch) if numbered else ("latest",):
+            for suffix, net in modules.items():
+                checkpoint.save_weights(net, folder / f"{label}_net_{suffix}.pth", meta_of(iteration))
 
-    panels = Panels(nets, data, preprocess(args), folder / "pictures", run, args.save_num_images)
-    with ReleasedNames(run, args, folder, modules, list(optimizers.values()), scaler=scaler, meta=meta_of, prefix="",
-                       validation=panels, extra_state={"pool_a": pools[0], "pool_b": pools[1], "losses": last_losses},
-                       free={"checkpoints_dir", "name", "gpu_ids", "epoch", "save_epoch_freq", "model"}) as session:
+    def show(x_a: Tensor, x_b: Tensor) -> list[Sequence[Tensor]]:
+        with run.autocast():
+            x_ab, x_ba = nets.g_ab(x_a), nets.g_ba(x_b)
+            return [(x_a, x_ab, nets.g_ba(x_ab), x_b, x_ba, nets.g_ab(x_ba))]
+
+    panels = Panels(data, show, ["A", "A to B", "and back", "B", "B to A", "and back"], folder / "pictures", run,
+                    args.save_num_images)
+    with Session(run, args, folder, modules, list(optimizers.values()), scaler=scaler, meta=meta_of, snapshot=snapshot,
+                 validation=panels, extra_state={"pool_a": pools[0], "pool_b": pools[1], "losses": last_losses},
+                 free={"checkpoints_dir", "name", "gpu_ids", "epoch", "save_epoch_freq", "model"}) as session:
         session.header({
             "weights": loaded, "networks": f"{args.method}: {args.netG}, {args.ngf} filters, {args.upsample}; D of "
                                            f"{args.n_layers_D} layers, {args.ndf} filters",
@@ -568,7 +476,7 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
             "pictures": f"{args.preprocess}, load {args.load_size}, crop {args.crop_size}",
             "batch": f"{batch} pairs = {args.batch_size} x {run.world} processes",
             "steps": f"{session.iteration} to {total}: epochs {args.epoch_count} to {last_epoch}"})
-        session.labels, first = labels_of, session.iteration
+        first = session.iteration
         batches_a, batches_b = session.batches(a, args.random_seed), session.batches(b, args.random_seed + 1)
         for i in session.steps(total):
             epoch = args.epoch_count + i // epoch_length
@@ -598,8 +506,6 @@ def train_cameras(args: argparse.Namespace) -> int:
 
     The recipe of CamStyle: CycleGAN with identity loss, 30 + 20 epochs, batch 1.
     """
-    from lib.datasets.persons import open_persons
-
     persons = open_persons(args.data_dir or "data", args.cameras, ["train"])
     pairs, transform = list(combinations(persons.cameras, 2)), preprocess(args)
     for n, pair in enumerate(pairs, 1):

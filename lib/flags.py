@@ -82,6 +82,11 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[
                           for key, value in demo.items()})
     args = p.parse_args(argv)
     args.overwrite = args.overwrite or (args.demo and args.resume in (None, False))
+    if "segmenter" in args:
+        if (args.lambda_semantic > 0) != (args.segmenter is not None):
+            p.error("--lambda-semantic and --segmenter belong together")
+        if args.labelled and not (args.segmenter and args.source):
+            p.error("--labelled needs --segmenter, and --source, whose labels it uses")
     if "eval_every" in args:
         args.eval_every = args.eval_every or args.save_pred_every
     return args
@@ -166,6 +171,24 @@ def add_domains(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--num-workers", "--num_threads", type=workers, default=min(4, os.cpu_count() or 1),
                        help="loader processes of each domain")
     group.add_argument("--check-data", action="store_true", help="read every file, report, and leave")
+    return group
+
+
+def domains(args: argparse.Namespace) -> dict[str, object]:
+    """The flags of add_domains as arguments of lib.datasets.unpaired.find_domains."""
+    parts = [f"{part}_{domain}" for part in ("train", "test") for domain in "ab"]
+    return {"dataroot": args.data_root, "folders": {part: getattr(args, f"data_folder_{part}") for part in parts},
+            "lists": {part: getattr(args, f"data_list_{part}") for part in parts},
+            "source": (args.source, args.data_dir, args.source_set, args.data_list),
+            "target": (args.target, args.data_dir_target, args.set, args.data_list_target)}
+
+
+def add_semantic(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = p.add_argument_group("semantic consistency of CyCADA, off by default")
+    group.add_argument("--lambda-semantic", "--lambda_semantic", type=amount, default=0.0,
+                       help="a frozen segmenter must decide alike before and after the translation")
+    group.add_argument("--segmenter", metavar="CHECKPOINT", help="that segmenter, trained on the source")
+    group.add_argument("--labelled", action="store_true", help="for A to B the labels of --source instead")
     return group
 
 

@@ -52,24 +52,36 @@ class PairBatch(NamedTuple):
     names: list[str]     # of the images of both
 
 
+class LastLosses(dict):
+    """The latest value of every loss, also of those that an iteration leaves out; resumed with the run."""
+
+    def state_dict(self) -> dict:
+        return dict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.update(state)
+
+
 class Session:
     """One run in ``folder``.
 
     args: the script's flags, among them those of lib.flags.add_run; all but FREE_ARGUMENTS and ``free`` must be the
     same when the run is resumed. modules: the networks by the suffix of their snapshots' names ({"": net, "_D1": ..});
     the first is the one that is validated. prefix: snapshots are named PREFIX + iteration + suffix + .pth; None writes
-    no snapshots. meta: iteration -> what a weight file says of its network. validation: called as
-    validation(net, iteration, meta, log), see lib.predict.Validation. extra_state: further objects to save by name.
+    no snapshots. snapshot: iteration -> None, called on the first process, writes them in another form instead. meta:
+    iteration -> what a weight file says of its network. validation: called as validation(net, iteration, meta, log),
+    see lib.predict.Validation. extra_state: further objects to save by name.
     Raises UserError where the folder holds another run, or where a resume file is not of this run.
     """
 
     def __init__(self, run: Run, args: argparse.Namespace, folder: Path, modules: Mapping[str, nn.Module],
                  optimizers: Sequence[torch.optim.Optimizer], *, scaler: torch.amp.GradScaler | None = None,
-                 meta: Callable[[int], Mapping[str, object]], prefix: str | None = None, validation=None,
+                 meta: Callable[[int], Mapping[str, object]], prefix: str | None = None,
+                 snapshot: Callable[[int], object] | None = None, validation=None,
                  extra_state: Mapping[str, Stateful] | None = None, free: Iterable[str] = ()):
         self.run, self.args, self.folder, self.modules = run, args, Path(folder), dict(modules)
         self.optimizers, self.scaler = list(optimizers), scaler or run.scaler()
-        self.meta, self.prefix, self.validation = meta, prefix, validation
+        self.meta, self.prefix, self.snapshot, self.validation = meta, prefix, snapshot, validation
         self.extra_state, self.free = dict(extra_state or {}), {*FREE_ARGUMENTS, *free}
         self.resume_file = self.folder / "resume.pth"
         self.iteration = 0          # iterations done
@@ -163,7 +175,7 @@ class Session:
             if self.iteration < self.log.total:
                 self.leave_if_asked()
             is_snapshot = self.is_due(self.args.save_pred_every, self.iteration)
-            if is_snapshot and self.prefix is not None:
+            if is_snapshot and self.run.is_main:
                 self.save_snapshot()
             if is_snapshot or self.exit_code:
                 self.save()
@@ -211,7 +223,9 @@ class Session:
 
     def save_snapshot(self) -> None:
         """The weights of each network, under the names of the release."""
-        if self.run.is_main:
+        if self.snapshot is not None:
+            self.snapshot(self.iteration)
+        elif self.prefix is not None:
             for suffix, module in self.modules.items():
                 checkpoint.save_weights(module, self.folder / f"{self.prefix}{self.iteration}{suffix}.pth",
                                         self.meta(self.iteration))

@@ -26,6 +26,7 @@ from lib.models.translation import (
     enlarged_conv,
     load_vgg16,
     read_pair,
+    save_pair,
 )
 from lib.optim import MAX_SKIPPED
 
@@ -422,7 +423,7 @@ def test_checkpoints_of_other_methods(root, tmp_path):
     torch.save({"model.1.weight": torch.zeros(3)}, other)
     complain(root, "--restore-from", str(other), match="does not hold the two networks a and b")
     modules = networks("UNIT")
-    script.save_pair(modules["gen"], tmp_path / "gen_1.pt", {})
+    save_pair(modules["gen"], tmp_path / "gen_1.pt", {})
     complain(root, "--restore-from", str(tmp_path / "gen_1.pt"), match="Is it of another --trainer")
     with pytest.raises(UserError, match="no generator of UNIT or MUNIT"):
         build_generator({"model.1.weight": torch.zeros(3)})

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from lib.datasets.description import Domain
 from lib.datasets.folder import ImageFolder, Sample
-from lib.datasets.pictures import find_pictures, read_image, spread
+from lib.datasets.pictures import find_pictures, open_image, read_image, spread
 from lib.errors import UserError, itemized
 
 UNIFORM = 1.0  # a crop whose grey values (0..255) deviate less from their mean than this is redrawn
@@ -73,9 +73,17 @@ class FlipResizeCrop:
     mirror: bool = True
     ignore: int = 255
 
+    def working_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) before the crop."""
+        return short_side_size(size, self.short) if self.short else size
+
+    def whole(self, image: Image.Image) -> Tensor:
+        """float32 [3, h, w]: what a trained generator is shown, at the scale of training and without a crop."""
+        return to_symmetric(image.resize(self.working_size(image.size), Image.Resampling.BILINEAR))
+
     def __call__(self, image: Image.Image, label: np.ndarray | None,
                  rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        size = short_side_size(image.size, self.short) if self.short else image.size
+        size = self.working_size(image.size)
         mirrored = self.mirror and rng.random() < 0.5
         if mirrored:
             image = ImageOps.mirror(image)
@@ -93,7 +101,8 @@ class Preprocess:
     """CycleGAN's and SPGAN's: resize (bicubic), random crop, mirror (p = 0.5). Called as FlipResizeCrop is.
 
     how: of PREPROCESS; load: (width, height) to resize to, of which scale_width uses the width; crop: (width, height).
-    Where nothing is cropped the sides become multiples of 4, which the generator gives back unchanged.
+    Where nothing is cropped the sides become multiples of 4, which the generator gives back unchanged. Raises UserError
+    for a crop that the networks cannot take.
     """
 
     how: str
@@ -101,6 +110,15 @@ class Preprocess:
     crop: tuple[int, int]
     mirror: bool = True
     ignore: int = 255
+
+    def __post_init__(self):
+        if self.crops and any(side % 4 or side < MIN_SIDE for side in self.crop):
+            raise UserError(f"--crop_size {self.crop[0]},{self.crop[1]}: sides of a crop are multiples of 4, at least "
+                            f"{MIN_SIDE}")
+
+    @property
+    def crops(self) -> bool:
+        return self.how.endswith("crop")
 
     @property
     def scale(self) -> list | None:
@@ -114,7 +132,7 @@ class Preprocess:
         if self.how == "resize_and_crop":
             return self.load
         factor = self.load[0] / size[0] if "scale_width" in self.how else 1.0
-        if self.how.endswith("crop"):
+        if self.crops:
             return round(size[0] * factor), round(size[1] * factor)
         return tuple(max(4, 4 * round(n * factor / 4)) for n in size)
 
@@ -127,10 +145,10 @@ class Preprocess:
     def __call__(self, image: Image.Image, label: np.ndarray | None,
                  rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         size = self.working_size(image.size)
-        if min(size) < MIN_SIDE and not self.how.endswith("crop"):
+        if min(size) < MIN_SIDE and not self.crops:
             raise UserError(f"at {size[0]}x{size[1]}, the size of training, it is smaller than {MIN_SIDE}x{MIN_SIDE}")
         image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-        box = draw_crop(image, self.crop, rng) if self.how.endswith("crop") else (0, 0, *size)
+        box = draw_crop(image, self.crop, rng) if self.crops else (0, 0, *size)
         x, mirrored = to_symmetric(image.crop(box)), self.mirror and rng.random() < 0.5
         y = cut_label(label, size, box, False, self.ignore)
         return (x.flip(2), y.flip(1)) if mirrored else (x, y)
@@ -197,6 +215,14 @@ class Domains(NamedTuple):
         if both:
             raise UserError(f"{len(both)} pictures are in both domains, {min(both)} among them: source and target must "
                             "be different sets")
+
+
+def require_one_size(pictures: Pictures, batch: int) -> None:
+    """Pictures that are not cropped make a batch only where all have the same size. Raises UserError."""
+    sizes = {pictures.transform.working_size(open_image(path).size) for path in pictures.images}
+    if len(sizes) > 1:
+        raise UserError(f"{pictures.name} has pictures of {len(sizes)} sizes, which make no batch of {batch}: choose a "
+                        "--preprocess that crops, or --batch_size 1")
 
 
 def problems_of(pictures: Pictures, indices: Iterable[int]) -> Iterable[str]:

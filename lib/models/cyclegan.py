@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib import checkpoint
 from lib.errors import UserError
 from lib.runtime import as_float32
 
@@ -106,6 +108,24 @@ def from_release(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 key = f"model.{({1: end, 2: end + 3}).get(n - last, end + 7)}.{leaf}"
         renamed[key] = value
     return renamed
+
+
+def load_networks(nets: Mapping[str, nn.Module], folder: Path, label: str) -> str:
+    """Fill networks {suffix: net} from LABEL_net_SUFFIX.pth, ours or the release's; what the header says of them.
+
+    Raises UserError where a file does not fit.
+    """
+    for suffix, net in nets.items():
+        path = folder / f"{label}_net_{suffix}.pth"
+        weights = from_release(checkpoint.load(path))
+        if isinstance(net, ResnetGenerator):
+            build_generator(weights, str(path))
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"{path} is of another network than the flags say: {' '.join(str(error).split())[:300]}") \
+                from None
+    return f"{folder}/{label}_net_*.pth"
 
 
 def build_generator(weights: Mapping[str, Tensor], source: str = "the checkpoint") -> ResnetGenerator:

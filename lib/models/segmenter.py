@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint
+from lib.datasets.description import Domain, load_description
+from lib.datasets.folder import ImageFolder
 from lib.datasets.transforms import PIXELS
 from lib.errors import UserError
 from lib.models.deeplab import logits_of, upsample
@@ -42,6 +44,10 @@ class FrozenSegmenter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return upsample(logits_of(self.net(self.preprocess(x))), x.shape[2:], self.align_corners)
+
+    def labels_of(self, domain: Domain) -> ImageFolder:
+        """The labels of a described data set as classes of this network. Raises UserError."""
+        return ImageFolder(domain, self.classes, None, task=load_description(self.task))
 
     def preprocess(self, x: Tensor) -> Tensor:
         """-1..1 in the network's own pixel convention."""

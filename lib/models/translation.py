@@ -8,7 +8,8 @@ Images are RGB [N, 3, H, W] in -1..1. Names in state dicts are those of the rele
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -267,6 +268,17 @@ class MunitGenerator(nn.Module):
 Generator = UnitGenerator | MunitGenerator
 
 
+def together(net: Callable[..., Tensor], *inputs: Tensor | tuple[Tensor, ...]) -> Sequence[Tensor]:
+    """``net`` of each input (a tensor, or a tuple of its arguments), in one batch where the sizes allow.
+
+    Exact where no layer mixes the samples of a batch, as in all networks of image translation here.
+    """
+    rows = [x if isinstance(x, tuple) else (x,) for x in inputs]
+    if len({row[0].shape[1:] for row in rows}) > 1:
+        return [net(*row) for row in rows]
+    return net(*map(torch.cat, zip(*rows, strict=True))).split([len(row[0]) for row in rows])
+
+
 def init_weights(net: nn.Module, how: str) -> None:
     """Draw the weights of all convolutions and linear layers of ``net``, and set their biases to 0.
 
@@ -341,6 +353,20 @@ def read_pair(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
         raise UserError(f"{path} does not hold the two networks a and b of UNIT or MUNIT: is it a gen_%08d.pt?")
     meta = dict(getattr(pair["a"], "segadapt", {}))
     return {d: {k.removeprefix("module."): v for k, v in pair[d].items()} for d in "ab"}, meta
+
+
+def load_pair(nets: Mapping[str, nn.Module], path: str | Path) -> None:
+    """Fill the networks {"a": .., "b": ..} from such a file. Raises UserError where they do not fit."""
+    pair, _ = read_pair(path)
+    for d, net in nets.items():
+        load_released(net, pair[d], f"{path} ({d})", "Is it of another --trainer or other sizes?")
+
+
+def save_pair(nets: Mapping[str, nn.Module], path: Path, meta: Mapping[str, object]) -> None:
+    """Write such a file; ``meta`` travels with the network a."""
+    pair = {d: OrderedDict((k, v.detach().cpu()) for k, v in net.state_dict().items()) for d, net in nets.items()}
+    pair["a"].segadapt = dict(meta)
+    checkpoint.save(pair, path)
 
 
 # --- perceptual loss --------------------------------------------------------------------------------------------------
