@@ -12,8 +12,6 @@ taken; written are NAME.png (places in the data set's list of classes, what comp
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -28,10 +26,10 @@ from tqdm import tqdm
 from lib import checkpoint, flags, metrics, ops, predict, runtime, visual
 from lib.datasets.description import Description, Domain, load_description, select_classes
 from lib.datasets.folder import ImageFolder
-from lib.datasets.pictures import find_pictures
+from lib.datasets.pictures import find_pictures, output_names
 from lib.datasets.transforms import PIXELS, Augment
 from lib.errors import UserError
-from lib.files import atomic_write, check_writable, make_folder, missing_files
+from lib.files import check_writable, make_folder, missing_files, write_json
 from lib.models.deeplab import ARCHITECTURES, MODELS
 
 
@@ -66,12 +64,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--panels", action="store_true", help="also NAME_panel.png: image, truth if known, prediction")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
     p.add_argument("--num-workers", type=flags.workers, default=2, help="processes that decode and resize ahead")
-    p.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off",
-                   help="weights and activations in 16 bits (under 1 %% of the label map changes)")
     p.add_argument("--compile", action="store_true", help="torch.compile the network: pays from dozens of images on")
-    p.add_argument("--cpu", action="store_true")
-    p.add_argument("--gpu", type=flags.natural, default=0)
-    p.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
+    flags.add_machine(p)
     args = p.parse_args(argv)
     if args.images and (args.data_dir or args.data_list or args.set):
         p.error("--images takes the place of --data-dir, --data-list and --set")
@@ -206,26 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         confusion = run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
         run.say(metrics.iou_table(classes, {"IoU": confusion}))
         if args.json and run.is_main:
-            scores = {"restore_from": args.restore_from, **metrics.iou_dict(classes, confusion)}
-            with atomic_write(args.json, "Choose another --json") as new:
-                new.write_text(json.dumps(scores, indent=1) + "\n")
-
-
-def output_names(images: Sequence[Path]) -> list[str]:
-    """Names without an ending for the files of each image: its own, or where those repeat its path below their folder.
-
-    Raises UserError where two images differ in their endings only.
-    """
-    names = [path.stem for path in images]
-    if len(set(names)) < len(names):
-        root = os.path.commonpath([path.parent for path in images])
-        names = [path.relative_to(root).with_suffix("").as_posix() for path in images]
-    seen: dict[str, Path] = {}
-    for name, path in zip(names, images, strict=True):
-        if name in seen:
-            raise UserError(f"{path} and {seen[name]} have the same name and would share one output file")
-        seen[name] = path
-    return names
+            write_json(args.json, {"restore_from": args.restore_from, **metrics.iou_dict(classes, confusion)},
+                       "Choose another --json")
 
 
 if __name__ == "__main__":

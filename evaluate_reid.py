@@ -13,26 +13,30 @@ Both are printed. No matrix of queries x gallery is stored. See docs/evaluation_
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import zipfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from lib import checkpoint, flags, ops, runtime, visual
-from lib.datasets.persons import DUKE_NOTICE, JUNK, Person, PersonSet, TestTransform, check, open_persons
+from lib.datasets.persons import DUKE_NOTICE, PersonSet, TestTransform, check, open_persons
 from lib.datasets.pictures import spread
 from lib.datasets.transforms import PIXELS
 from lib.errors import UserError
-from lib.files import atomic_write
+from lib.files import write_json
 from lib.metrics_reid import match_lists, reranked_scores, scores
 from lib.models.reid import from_weights
-from lib.predict_reid import RANKS, extract, in_percent, names_of, rank_row, reestimate_bn
+from lib.predict_reid import (
+    RANKS,
+    extract,
+    in_percent,
+    names_of,
+    rank_row,
+    read_features,
+    reestimate_bn,
+    write_features,
+)
 
 AVERAGES = {"trapezoid": "mAP", "precision": "mAP_precision"}  # names in lib.predict_reid.in_percent
 PROTOCOLS = {"release": {"ties": "group", "unmatched": "skip"}, "matlab": {"ties": "items", "unmatched": "zero"}}
@@ -49,12 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--height", type=flags.side, help="default: the checkpoint's, else 256")
     net.add_argument("--width", type=flags.side, help="default: the checkpoint's, else 128")
     net.add_argument("--pixels", choices=list(PIXELS), help="default: the checkpoint's, else imagenet")
-    net.add_argument("--output_feature", "--output-feature", choices=["pool5", "fc"], default="pool5")
-    net.add_argument("--lmp", type=flags.up_to(64, 0), default=0, metavar="P",
-                     help="maxima of P horizontal parts (SPGAN)")
-    net.add_argument("--mirrored", action="store_true", help="add the feature of the mirrored image")
-    net.add_argument("--bn-stats", choices=["running", "target"], default="running",
-                     help="target: re-estimate BN statistics on the target's training images first")
+    flags.add_features(net)
     net.add_argument("--save-features", metavar="FILE", help="write the features and names (.npz)")
     net.add_argument("-b", "--batch-size", type=flags.batch, default=64)
     net.add_argument("-j", "--workers", "--num-workers", dest="num_workers", type=flags.workers,
@@ -73,11 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        help="pictures of N queries with their ten nearest")
     score.add_argument("--save", metavar="FOLDER", default="result/ranks", help="where these go")
     score.add_argument("--json", metavar="FILE", help="write the scores there")
-    machine = p.add_argument_group("machine")
-    machine.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off")
-    machine.add_argument("--cpu", action="store_true")
-    machine.add_argument("--gpu", type=flags.natural, default=0)
-    machine.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
+    flags.add_machine(p)
     args = p.parse_args(argv)
     if args.features and (args.target or args.save_features or args.lmp or args.mirrored):
         p.error("--features: the features are there; -t, --lmp, --mirrored and --save-features need --restore-from")
@@ -110,54 +105,6 @@ def compute_features(args: argparse.Namespace, run: runtime.Run) -> tuple[Tensor
     if args.save_features and run.is_main:
         write_features(Path(args.save_features), features, data)
     return features, data
-
-
-def write_features(path: Path, features: Tensor, data: PersonSet) -> None:
-    """An .npz: for query and gallery features [N, D], ids, cams (from 0) and files [N]; root, their common folder."""
-    arrays, begin = {"root": str(data.root.absolute())}, 0
-    for part, people in (("query", data.query), ("gallery", data.gallery)):
-        arrays[f"{part}_features"] = features[begin:begin + len(people)].numpy()
-        arrays[f"{part}_ids"], arrays[f"{part}_cams"] = names_of(people)
-        arrays[f"{part}_files"] = np.array([os.path.relpath(p.path, data.root) for p in people])
-        begin += len(people)
-    with atomic_write(path, "Choose another --save-features") as new, open(new, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def read_features(path: str) -> tuple[Tensor, PersonSet]:
-    """What write_features wrote, without junk. Raises UserError that says what is wrong with the file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise UserError(f"--features {path}: not a file that --save-features wrote ({error})") from None
-    root, parts, features, junk = Path(str(arrays.get("root", "."))), {}, [], {}
-    for part in ("query", "gallery"):
-        names = [f"{part}_{what}" for what in ("features", "ids", "cams", "files")]
-        missing = [name for name in names if name not in arrays]
-        if missing:
-            raise UserError(f"--features {path}: there is no array {missing[0]}; found {', '.join(arrays)}")
-        x, ids, cams, files = (arrays[name] for name in names)
-        if [a.ndim for a in (ids, cams, files)] != [1, 1, 1] or {ids.dtype.kind, cams.dtype.kind} - {"i", "u"}:
-            raise UserError(f"--features {path}: {part}_ids, {part}_cams must be whole numbers [N], {part}_files [N]")
-        if x.ndim != 2 or x.dtype.kind != "f" or not len(x) or {len(ids), len(cams), len(files)} != {len(x)}:
-            raise UserError(f"--features {path}: {part} has features {x.shape} {x.dtype}, {len(ids)} ids, {len(cams)} "
-                            f"cams and {len(files)} files; expected floats [N, D] and N of the others")
-        if not np.isfinite(x.sum(0, np.float64)).all():
-            raise UserError(f"--features {path}: {part}_features {runtime.NOT_FINITE}")
-        real = ids != JUNK
-        junk[part] = int((~real).sum())
-        parts[part] = [Person(root / str(f), int(i), int(c)) for f, i, c in zip(
-            files[real], ids[real], cams[real], strict=True)]
-        features.append(torch.from_numpy(x if real.all() else x[real]))
-    widths = [x.shape[1] for x in features]
-    if widths[0] != widths[1]:
-        raise UserError(f"--features {path}: queries have {widths[0]} numbers each, the gallery {widths[1]}. They come "
-                        "from two networks, or from two settings of one")
-    twice = [str(p) for p, n in Counter(p.path for part in parts.values() for p in part).items() if n > 1]
-    if twice:
-        raise UserError(f"--features {path}: {len(twice)} files stand in it twice, the first is {twice[0]}")
-    return torch.cat(features), PersonSet(Path(path).stem, root, [], **parts, identities=[], junk=junk)
 
 
 def save_ranks(folder: Path, data: PersonSet, found: dict[str, dict[int, list[int]]]) -> None:
@@ -222,8 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         about = {"ap": args.ap, "protocol": args.protocol, "from": args.features or args.restore_from}
         for row in rows.values():
             row["mAP_trapezoid"], row["mAP"] = row["mAP"], row[AVERAGES[args.ap]]
-        with atomic_write(args.json, "Choose another --json") as new:
-            new.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
+        write_json(args.json, {**about, **rows}, "Choose another --json")
 
 
 if __name__ == "__main__":

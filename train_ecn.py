@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, runtime
-from lib.datasets.folder import endless
 from lib.datasets.persons import (
     DUKE_NOTICE,
     STYLES,
@@ -123,12 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--steps-decay", type=flags.count, help="iterations between drops, in place of --epochs_decay")
     score = p.add_argument_group("scores")
     score.add_argument("--evaluate", action="store_true", help="score a checkpoint (--resume FILE) and leave")
-    score.add_argument("--output_feature", "--output-feature", choices=["pool5", "fc"], default="pool5")
-    score.add_argument("--mirrored", action=argparse.BooleanOptionalAction, default=False,
-                       help="add the feature of the mirrored image")
-    score.add_argument("--bn-stats", choices=["running", "target"], default="running",
-                       help="target: re-estimate BN statistics on the target's training images before scoring")
-    score.add_argument("--lmp", type=flags.up_to(64, 0), default=0, help="maxima of that many horizontal parts (SPGAN)")
+    flags.add_features(score)
     score.add_argument("--dist-metric", choices=["euclidean", "kissme"], default="euclidean",
                        help="kissme: a distance learnt from the source's training images")
     score.add_argument("--rerank", action="store_true", help="scores after k-reciprocal re-ranking too")
@@ -288,14 +282,6 @@ def open_data(args: argparse.Namespace, run: runtime.Run) -> tuple[PersonSet, Pe
     return source, target
 
 
-def initialise(net: IDNet | SPGANNet, weights: dict[str, Tensor] | None, source: str) -> str:
-    """Load initial weights, of a plain ResNet or of a network of this script; the header's line on them."""
-    if weights is not None and "conv1.weight" in weights:
-        root = "base" if isinstance(net, IDNet) else "model"
-        weights = {f"{root}.{key}": value for key, value in weights.items()}
-    return checkpoint.initialise(net, weights, heads=True, source=source)
-
-
 def validation_of(args: argparse.Namespace, source: PersonSet | None, target: PersonSet, pixels: str,
                   run: runtime.Run) -> PersonValidation:
     return PersonValidation(target, TestTransform((args.height, args.width), pixels), run, bn_stats=args.bn_stats,
@@ -303,14 +289,6 @@ def validation_of(args: argparse.Namespace, source: PersonSet | None, target: Pe
                             panels=Path(args.snapshot_dir) / "ranks",
                             max_panels=args.save_num_images, workers=args.num_workers, output=args.output_feature,
                             mirrored=args.mirrored, lmp=args.lmp)
-
-
-def save_checkpoint(path: Path, modules: dict[str, nn.Module], meta: dict[str, object], epoch: int) -> None:
-    """The release's file: state_dict, state_dict_inv (ECN's memory) and the epoch."""
-    state = modules[""].state_dict()
-    state.segadapt = meta
-    inv = {"state_dict_inv": modules["_inv"].state_dict()} if "_inv" in modules else {}
-    checkpoint.save({"state_dict": state, **inv, "epoch": epoch}, path)
 
 
 def train(args: argparse.Namespace) -> Session:
@@ -339,7 +317,7 @@ def train(args: argparse.Namespace) -> Session:
     # network, memory, optimiser
     layout = PRESETS.get(args.preset, {}).get("layout", IDNet)
     net = layout(len(source.identities), args.arch, args.features, args.dropout)
-    loaded = initialise(net, weights, args.restore_from)
+    loaded = checkpoint.initialise(net, weights, heads=True, source=args.restore_from)
     pretrained = EARLY if args.method == "ecn" and weights is not None else ()
     freeze(net, {"auto": pretrained, "early": EARLY, "conv1": ("conv1",), "none": ()}[args.freeze])
     net = run.place_net(net, sync_bn=args.bn != "fixed", compiled=args.compile)
@@ -362,9 +340,16 @@ def train(args: argparse.Namespace) -> Session:
         return {"script": "train_ecn.py", "iteration": iteration, "method": args.method, "pixels": pixels,
                 "size": list(size), "source": args.source, "target": args.target}
 
+    def snapshot(iteration: int) -> None:
+        """The release's file: state_dict, state_dict_inv (ECN's memory) and the epoch."""
+        state = net.state_dict()
+        state.segadapt = meta_of(iteration)
+        inv = {} if memory is None else {"state_dict_inv": memory.state_dict()}
+        checkpoint.save({"state_dict": state, **inv, "epoch": iteration // epoch_steps}, folder / "checkpoint.pth.tar")
+
     validation = validation_of(args, source, target, pixels, run) if target.query and target.gallery else None
-    with Session(run, args, folder, modules, [optimizer], scaler=scaler, meta=meta_of, validation=validation,
-                 free={"epochs", "num_steps", *SCORING}) as session:
+    with Session(run, args, folder, modules, [optimizer], scaler=scaler, meta=meta_of, snapshot=snapshot,
+                 validation=validation, free={"epochs", "num_steps", *SCORING}) as session:
         session.header({
             "method": args.method + (f", preset {args.preset}" if args.preset else ""), "weights": loaded,
             "network": f"{args.arch}, {net.features} features, {len(source.identities)} identities, BN {args.bn}",
@@ -381,8 +366,8 @@ def train(args: argparse.Namespace) -> Session:
         batches_t = session.batches(images_t, seed + 1) if memory is not None else None
         batches_style = None
         if style_people:
-            batches_style = endless(PersonImages(style_people, augment, seed=seed + 2), args.camstyle, args.num_workers,
-                                    seed=seed + 2, start=session.iteration, rank=run.rank, world=run.world)
+            batches_style = session.batches(PersonImages(style_people, augment, seed=seed + 2), seed + 2,
+                                            batch_size=args.camstyle)
         set_train_mode(net, args.bn)
         for i in session.steps(num_steps):
             epoch = i // epoch_steps
@@ -406,8 +391,6 @@ def train(args: argparse.Namespace) -> Session:
             scaler.step(optimizer)
             scaler.update()
             session.end_step(losses, names, lr=lr, epoch=epoch)
-            if run.is_main and ((i + 1) % args.save_pred_every == 0 or i + 1 == num_steps):
-                save_checkpoint(folder / "checkpoint.pth.tar", modules, meta_of(i + 1), (i + 1) // epoch_steps)
     return session
 
 

@@ -12,35 +12,29 @@ is not made again. docs/translation.md shows the whole path to a segmenter.
 from __future__ import annotations
 
 import argparse
-import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import permutations
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from lib import checkpoint, flags, runtime, tiling, visual
-from lib.datasets.description import SHIPPED, Domain, load_description
-from lib.datasets.folder import ImageFolder
-from lib.datasets.pictures import check_pictures, find_pictures, open_image, read_image, spread
-from lib.datasets.unpaired import from_symmetric, short_side_size, to_symmetric
+from lib import flags, runtime, visual
+from lib.datasets.description import Domain, describe_copy
+from lib.datasets.persons import STYLES, open_persons
+from lib.datasets.pictures import check_pictures, find_pictures, read_image, require_same_sizes
+from lib.datasets.unpaired import from_symmetric, to_symmetric
 from lib.errors import UserError, listed
-from lib.files import atomic_write, missing_files, read_json
-from lib.judge import ContentJudge
-from lib.models import cyclegan, translation
+from lib.files import claim_folder, missing_files, write_json
+from lib.judge import judge_translations
 from lib.models.segmenter import load_segmenter
-from lib.models.translation import MunitGenerator
+from lib.predict_translation import MAX_SIDE, Styles, Translator, load_translator
+from lib.runtime import Run
 
-MIN_SIDE, MAX_SIDE = 16, 16384  # pixels of a picture; reflection padding at a quarter of the size needs as many
-MAX_TARGET = 500  # images of the target that --judge looks at
+MIN_SIDE = 16  # pixels of a picture: reflection padding at a quarter of the size needs as many
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,9 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     judge.add_argument("--target", help="a folder or described data set: distance of the pictures to it")
     judge.add_argument("--data-dir-target", help="folder of the target (default: the description's)")
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote into --out")
-    p.add_argument("--cpu", action="store_true")
-    p.add_argument("--gpu", type=flags.natural, default=0)
-    p.add_argument("--amp", choices=list(runtime.AMP_DTYPES), default="off", help="norms stay in float32")
+    flags.add_machine(p, kernels=False)
     args = p.parse_args(argv)
     if (args.images is not None) + (args.source is not None) + (args.cameras is not None) != 1:
         p.error("give one of --images, --source and --cameras")
@@ -90,118 +82,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# --- translators ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Translator:
-    """One direction of a trained pair. encoder, decoder: one generator after another; styles: of MUNIT's domain."""
-
-    method: str
-    encoder: nn.Module
-    decoder: nn.Module
-    scale: tuple[str, object] | None = None   # ("width" | "short_side" | "size", value) of its training, where known
-    styles: MunitGenerator | None = None
-    stride: int = 4
-
-    def working_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) at which an image of ``size`` is translated."""
-        kind, value = self.scale or (None, None)
-        if kind == "width":
-            return value, round(size[1] * value / size[0])
-        return short_side_size(size, value) if kind == "short_side" else tuple(value) if kind == "size" else size
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, style: Tensor | None = None, tile: int | None = None) -> Tensor:
-        """x [1, 3, H, W] in -1..1 -> the same size; style [1, S, 1, 1]; tile: the side of tiles."""
-        height, width = x.shape[2:]
-        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="reflect")
-        row = None if style is None else self.styles.mlp(style)
-        if tile:
-            layers = tiling.layers_of(self.encoder.model) + tiling.layers_of(self.decoder.model, row)
-            y = tiling.apply(layers, x, tile)
-        else:
-            code = self.encoder(x)
-            y = self.decoder(code) if row is None else self.decoder(code, row)
-        return y[:, :, :height, :width]
-
-
-class Same(nn.Module):
-    """The encoder of a generator that is not in two parts."""
-
-    model = nn.Sequential()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def load_translator(path: str | Path, a2b: bool) -> Translator:
-    """The translator of any of the four methods' files, recognised by its keys. Raises UserError."""
-    path = Path(path)
-    state = checkpoint.load(path)
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        raise UserError(f"{path} holds no networks")
-    if isinstance(state.get("a"), Mapping) and isinstance(state.get("b"), Mapping):  # UNIT, MUNIT: both domains
-        pair, meta = translation.read_pair(path)
-        how = {key: meta[key] for key in ("activ", "pad_type") if key in meta}
-        gen = {d: translation.build_generator(pair[d], **how, source=f"{path} ({d})") for d in "ab"}
-        here, there = (gen["a"], gen["b"]) if a2b else (gen["b"], gen["a"])
-        munit = isinstance(there, MunitGenerator)
-        sizes = meta.get("new_size")
-        if sizes and not (isinstance(sizes, (list, tuple)) and len(sizes) == 2
-                          and all(type(n) is int and 0 < n <= MAX_SIDE for n in sizes)):
-            raise UserError(f"{path} says new_size = {sizes!r} of its training, which makes no sense")
-        scale = ("short_side", sizes[0 if a2b else 1]) if sizes else None
-        return Translator("MUNIT" if munit else "UNIT", here.enc_content if munit else here.enc, there.dec, scale,
-                          there if munit else None, here.stride)
-    if isinstance(state.get("Ga"), Mapping) and isinstance(state.get("Gb"), Mapping):  # SPGAN's port: Gb maps A to B
-        weights, meta = state["Gb" if a2b else "Ga"], {"method": "spgan", "scale": None}
-    else:
-        if not a2b:
-            if "_net_G_A" not in path.name:
-                raise UserError(f"{path} is one direction only: name the file of the other one, without --a2b 0")
-            path = path.with_name(path.name.replace("_net_G_A", "_net_G_B"))
-            state = checkpoint.load(path)
-        weights, meta = state, getattr(state, "segadapt", {})
-    if not any(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(f"{path} holds no generator: its keys are {listed(list(weights))}")
-    net = cyclegan.build_generator(cyclegan.from_release(weights), str(path))
-    scale = meta.get("scale")
-    if scale and not (isinstance(scale, (list, tuple)) and len(scale) == 2 and scale[0] in ("width", "size")):
-        raise UserError(f"{path} says scale = {scale!r} of its training, which makes no sense")
-    scale = tuple(scale) if scale else None
-    return Translator("SPGAN" if "model.1.bias" not in net.state_dict() else "CycleGAN", Same(), net, scale)
-
-
-class Styles:
-    """MUNIT's k styles of each file: drawn from N(0, I), or of pictures. A file's do not depend on the others."""
-
-    def __init__(self, translator: Translator, args: argparse.Namespace, run: runtime.Run):
-        self.translator, self.args, self.run = translator, args, run
-        self.pictures = []
-        if args.style:
-            path = Path(args.style)
-            self.pictures = find_pictures(path) if path.is_dir() else [path]
-            check_pictures(self.pictures)
-
-    def __call__(self, name: str, k: int) -> Tensor | None:
-        """[1, S, 1, 1], the k-th of the file ``name``; None for the methods without styles."""
-        net = self.translator.styles
-        if net is None:
-            return None
-        key = 0 if self.args.synchronized else zlib.crc32(name.encode())
-        rng = np.random.default_rng([self.args.seed, key, k])
-        if not self.pictures:
-            return torch.from_numpy(rng.standard_normal((1, net.style_dim, 1, 1), np.float32)).to(self.run.device)
-        image = read_image(self.pictures[rng.integers(len(self.pictures))])
-        image = image.resize(self.translator.working_size(image.size), Image.Resampling.BICUBIC)
-        with torch.no_grad():
-            return net.style(to_symmetric(image)[None].to(self.run.device))
-
-
-def translate_file(translator: Translator, path: Path, out: Path, style: Tensor | None, args: argparse.Namespace,
-                   run: runtime.Run, **options: object) -> None:
-    """One picture, written whole or not at all. Raises UserError."""
+def translate_file(translator: Translator, path: Path, out: Path, run: Run, style: Tensor | None = None,
+                   tile: int | None = None, **options: object) -> None:
+    """One picture, resized for the translator and back, written whole or not at all. Raises UserError."""
     image = read_image(path)
     size = translator.working_size(image.size)
     if min(size) < MIN_SIDE or max(size) > MAX_SIDE:
@@ -209,54 +92,29 @@ def translate_file(translator: Translator, path: Path, out: Path, style: Tensor 
                         "pixels are possible: choose another --width or --short-side")
     x = run.place(to_symmetric(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))[None])
     with run.autocast():
-        y = from_symmetric(translator(x, style, args.tile)[0])
+        y = from_symmetric(translator(x, style, tile)[0])
     visual.save(y if y.size == image.size else y.resize(image.size, Image.Resampling.BICUBIC), out, **options)
+
+
+def open_translator(args: argparse.Namespace, path: str | Path, a2b: bool, run: Run) -> Translator:
+    """On the device, and with the scale of the flags where they give one. Raises UserError."""
+    translator = load_translator(path, a2b).place(run)
+    if args.width or args.short_side or args.file_size:
+        translator.scale = ("width", args.width) if args.width else ("short_side", args.short_side) \
+            if args.short_side else None
+    if translator.styles is None and (args.style or args.num_style > 1 or args.synchronized):
+        raise UserError(f"{args.checkpoint} is of {translator.method}, which has no styles: leave --style, --num-style "
+                        "and --synchronized out")
+    return translator
 
 
 # --- a folder or a data set -------------------------------------------------------------------------------------------
 
 
-def describe(domain: Domain, data: str, out: Path, file: Path) -> None:
-    """The description of the translated set: other pictures, the same labels, which stay where they are."""
-    shipped = SHIPPED / f"{data}.json"
-    entries = read_json(shipped if shipped.is_file() else data)
-    lists = "lists/{set}.txt"
-    sets = {key: domain.set for key in domain.description.sets} if "{set}" not in entries["images"] else \
-        {**domain.description.sets, "source": domain.set}
-    labels = entries["labels"] and f"{domain.root.resolve()}/{entries['labels']}"
-    entries |= {"root": str(out.resolve()), "images": str(PurePosixPath(entries["images"]).with_suffix(".png")),
-                "labels": labels, "list": lists, "sets": sets}
-    names = [image.relative_to(domain.root).with_suffix(".png").as_posix() for image in domain.list_images()]
-    for path, text in ((out / lists.format(set=domain.set), "\n".join(names)), (file, json.dumps(entries, indent=1))):
-        with atomic_write(path) as new:
-            new.write_text(text + "\n")
-
-
-def check_record(args: argparse.Namespace, out: Path, facts: dict, files: Sequence[Path], run: runtime.Run) -> None:
-    """Pictures of different calls must not mix. files: what this call will write. Raises UserError."""
-    record = out / "translate.json"
-    before = read_json(record) if record.exists() else None
-    if before is not None and not isinstance(before, dict):
-        raise UserError(f"{record} does not say what the pictures beside it are: choose another --out, or remove it")
-    there = [file for file in files if file.exists()] if before != facts else []
-    if there and not args.overwrite:
-        differs = [f"{key} was {before.get(key)}, is {value}" for key, value in facts.items()
-                   if before.get(key) != value] if before else ["they were not written by this script"]
-        raise UserError(f"{out} holds pictures of the same names, {there[0]} among them: {'; '.join(differs)}. Choose "
-                        "another --out, or replace them with --overwrite")
-    run.barrier()
-    if run.is_main and before != facts:
-        for file in there:
-            file.unlink()
-        with atomic_write(record, "Choose another --out") as new:
-            new.write_text(json.dumps(facts, indent=1) + "\n")
-    run.barrier()
-
-
-def translate_set(args: argparse.Namespace, translator: Translator, run: runtime.Run) -> None:
-    out, domain, labels = Path(args.out), None, []
+def open_images(args: argparse.Namespace) -> tuple[list[Path], Path, Domain | None]:
+    """(images, the folder that they are named from, the data set if it is one), checked. Raises UserError."""
     if args.images:
-        root, images = Path(args.images), find_pictures(args.images, args.data_list)
+        root, domain, images = Path(args.images), None, find_pictures(args.images, args.data_list)
     else:
         domain = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
         root, images = domain.root, domain.list_images()
@@ -265,76 +123,58 @@ def translate_set(args: argparse.Namespace, translator: Translator, run: runtime
             raise UserError(f"{domain}: {len(missing)} of {len(labels)} labels do not exist: "
                             + listed([labels[i] for i in missing]))
     check_pictures(images)
-    if out.resolve() == root.resolve():
-        raise UserError(f"--out {out} is the folder of the originals: choose another one")
+    if Path(args.out).resolve() == root.resolve():
+        raise UserError(f"--out {args.out} is the folder of the originals: choose another one")
+    return images, root, domain
+
+
+def translate_set(args: argparse.Namespace, translator: Translator, run: Run) -> None:
+    out, (images, root, domain) = Path(args.out), open_images(args)
     names = [image.relative_to(root).with_suffix(".png").as_posix() for image in images]
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise UserError(f"two pictures would be written as {twice}: they differ in their endings only")
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise UserError(f"two pictures would be written as {twice[0]}: they differ in their endings only")
+    folders = [out / f"style{k}" for k in range(args.num_style)] if args.num_style > 1 else [out]
+    styles = Styles(translator, run, args.seed, args.style, args.synchronized)
     stamp = zlib.crc32(Path(args.checkpoint).read_bytes())
     facts = {"checkpoint": f"{args.checkpoint} ({stamp:08x})", "a2b": args.a2b, "scale": translator.scale,
              "root": str(root.resolve()), **({key: getattr(args, key) for key in (
                  "seed", "style", "num_style", "synchronized")} if translator.styles else {})}
-    folders = [out / f"style{k}" for k in range(args.num_style)] if args.num_style > 1 else [out]
-    styles = Styles(translator, args, run)
-    check_record(args, out, json.loads(json.dumps(facts)), [folder / name for folder in folders for name in names], run)
-    mine = range(run.rank, len(images), run.world)
-    for i in tqdm(mine, unit="image", disable=None if run.is_main else True):
+    claim_folder(out / "translate.json", facts, [folder / name for folder in folders for name in names],
+                 args.overwrite, run)
+
+    for i in tqdm(range(run.rank, len(images), run.world), unit="image", disable=None if run.is_main else True):
         for k, folder in enumerate(folders):
             if not (folder / names[i]).exists():
-                translate_file(translator, images[i], folder / names[i], styles(names[i], k), args, run,
+                translate_file(translator, images[i], folder / names[i], run, styles(names[i], k), args.tile,
                                compress_level=1)
     run.barrier()
-    for k, folder in enumerate(folders if run.is_main else ()):
-        wrong = [name for image, name in zip(images, names, strict=True)
-                 if read_size(image) != open_image(folder / name).size]
-        if wrong:
-            raise UserError(f"{folder}: {len(wrong)} pictures have not the size of their originals: {listed(wrong)}. "
-                            "Remove them and start again")
+    if not run.is_main:
+        return
+    for k, folder in enumerate(folders):
+        require_same_sizes(images, [folder / name for name in names], "Remove them and start again")
+        described = ""
         if domain is not None:
             file = out.parent / f"{out.name.lower()}{f'_style{k}' if len(folders) > 1 else ''}.json"
-            describe(domain, args.source, folder, file)
-            run.say(f"{len(names)} pictures in {folder}, described by {file}")
-        else:
-            run.say(f"{len(names)} pictures in {folder}")
+            describe_copy(domain, args.source, folder, file)
+            described = f", described by {file}"
+        run.say(f"{len(names)} pictures in {folder}{described}")
     run.say(f"peak memory {runtime.peak_memory(run.device):.1f} GiB")
-    if args.judge and run.is_main:
-        judge_set(args, images, [folders[0] / name for name in names], domain, run)
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture as read_image turns it."""
-    image = open_image(path)
-    turned = image.getexif().get(0x0112, 1) >= 5
-    return image.size[::-1] if turned else image.size
-
-
-def judge_set(args: argparse.Namespace, images: Sequence[Path], translated: Sequence[Path], domain: Domain | None,
-              run: runtime.Run) -> None:
-    f = load_segmenter(args.judge).to(run.device)
-    labelled = None
-    if domain is not None and domain.description.labels:
-        labelled = ImageFolder(domain, f.classes, None, task=load_description(f.task))
-    judge = ContentJudge(f, run, 255 if domain is None else domain.description.ignore)
-    for i in tqdm(range(len(images)), unit="image", desc="judge", disable=None):
-        judge.add(images[i], translated[i], labelled and labelled.truth(i))
-    if args.target:
-        target = find_pictures(args.target) if Path(args.target).is_dir() else \
-            Domain.open(args.target, args.data_dir_target).list_images()
-        for i in spread(len(target), MAX_TARGET):
-            judge.look(target[i], "target")
-    run.say(judge.text())
-    with atomic_write(Path(args.out) / "judge.json") as new:
-        new.write_text(json.dumps(judge.report(), indent=1) + "\n")
+    if args.judge:
+        target = []
+        if args.target:
+            target = find_pictures(args.target) if Path(args.target).is_dir() else \
+                Domain.open(args.target, args.data_dir_target).list_images()
+        judge = judge_translations(load_segmenter(args.judge).to(run.device), images,
+                                   [folders[0] / name for name in names], domain, target, run)
+        run.say(judge.text())
+        write_json(out / "judge.json", judge.report())
 
 
 # --- camera styles ----------------------------------------------------------------------------------------------------
 
 
-def translate_cameras(args: argparse.Namespace, run: runtime.Run) -> None:
+def translate_cameras(args: argparse.Namespace, run: Run) -> None:
     """Every training image of a re-ID set as each other camera would show it: <stem>_fake_{c}to{c'}.jpg."""
-    from lib.datasets.persons import STYLES, open_persons
-
     persons = open_persons(args.data_dir or "data", args.cameras, ["train"])
     pairs = list(permutations(persons.cameras, 2))
     if args.domains:
@@ -350,27 +190,14 @@ def translate_cameras(args: argparse.Namespace, run: runtime.Run) -> None:
         raise UserError(f"{len(missing)} of the cameras' translators are not there: {listed(missing)}. Train them: "
                         f"python train_spgan.py --cameras {args.cameras} --snapshot-dir {args.checkpoint}")
     for (c, d), path in files.items():
-        translator = prepare(load_translator(path, a2b=c < d), args, run)
+        translator = open_translator(args, path, c < d, run)
         mine = [p.path for p in persons.train if p.camera == c][run.rank::run.world]
         for image in tqdm(mine, unit="image", desc=f"{c + 1} to {d + 1}", disable=None if run.is_main else True):
             file = out / f"{image.stem}_fake_{c + 1}to{d + 1}.jpg"
             if args.overwrite or not file.exists():
-                translate_file(translator, image, file, None, args, run, quality=95, subsampling=0)
+                translate_file(translator, image, file, run, tile=args.tile, quality=95, subsampling=0)
     run.barrier()
     run.say(f"camera styles in {out}")
-
-
-def prepare(translator: Translator, args: argparse.Namespace, run: runtime.Run) -> Translator:
-    """On the device, and with the scale of the flags where they give one."""
-    for net in filter(None, (translator.encoder, translator.decoder, translator.styles)):
-        run.place_net(net.eval())
-    if args.width or args.short_side or args.file_size:
-        translator.scale = ("width", args.width) if args.width else ("short_side", args.short_side) \
-            if args.short_side else None
-    if translator.styles is None and (args.style or args.num_style > 1 or args.synchronized):
-        raise UserError(f"{args.checkpoint} is of {translator.method}, which has no styles: leave --style, --num-style "
-                        "and --synchronized out")
-    return translator
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -378,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.seed, deterministic=False)
     if args.cameras:
         return translate_cameras(args, run)
-    translator = prepare(load_translator(args.checkpoint, bool(args.a2b)), args, run)
+    translator = open_translator(args, args.checkpoint, bool(args.a2b), run)
     runtime.header(run, {"translator": f"{translator.method}, {'A to B' if args.a2b else 'B to A'}",
                          "weights": args.checkpoint, "scale": translator.scale or "of the files",
                          "tiles": args.tile or "none, whole images", "output": args.out})

@@ -284,8 +284,10 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
     backbone's tensors match: silently missing initial weights cost users of the release ten points.
     """
     own, report = net.state_dict(), LoadReport()
-    if any(f"backbone.{key}" in own for key in weights):  # weights of ImageNet, or of another DeepLab
-        weights = {f"backbone.{key}": value for key, value in weights.items()}
+    for root in ("backbone", "base", "model"):  # weights of ImageNet, or of another DeepLab
+        if any(f"{root}.{key}" in own for key in weights):
+            weights = {f"{root}.{key}": value for key, value in weights.items()}
+            break
     head_names = getattr(net, "head_names", ())
     fitting = {}
     for key, value in own.items():

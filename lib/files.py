@@ -4,15 +4,17 @@ No torch here: compute_iou.py must start fast.
 """
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.errors import UserError, shorten
 
+FREE_SPACE = "Free some space, or choose another --snapshot-dir"
+
 
 @contextmanager
-def atomic_write(path: str | Path, advice: str = "Free some space, or choose another --snapshot-dir") -> Iterator[Path]:
+def atomic_write(path: str | Path, advice: str = FREE_SPACE) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; the file written there is flushed to disk and then renamed to ``path``.
 
     The temporary name has the suffix of ``path``, and is the same in every run, so that leftovers of a killed process
@@ -32,6 +34,41 @@ def atomic_write(path: str | Path, advice: str = "Free some space, or choose ano
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_text(path: str | Path, text: str, advice: str = FREE_SPACE) -> None:
+    """Raises UserError, with ``advice``."""
+    with atomic_write(path, advice) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object, advice: str = FREE_SPACE) -> None:
+    """Raises UserError, with ``advice``."""
+    write_text(path, json.dumps(value, indent=1) + "\n", advice)
+
+
+def claim_folder(record: Path, facts: Mapping[str, object], files: Sequence[Path], overwrite: bool, run) -> None:
+    """What different calls write must not mix: ``record`` says with which settings the files beside it were made.
+
+    facts: those of this call, for a JSON file. files: what it will write; where they are there with other facts they
+    are removed with ``overwrite``, and refused without. run: a lib.runtime.Run. Raises UserError.
+    """
+    facts = json.loads(json.dumps(facts))
+    before = read_json(record) if record.exists() else None
+    if before is not None and not isinstance(before, dict):
+        raise UserError(f"{record} does not say what the pictures beside it are: choose another --out, or remove it")
+    there = [file for file in files if file.exists()] if before != facts else []
+    if there and not overwrite:
+        differs = [f"{key} was {before.get(key)}, is {value}" for key, value in facts.items()
+                   if before.get(key) != value] if before else ["they were not written by this script"]
+        raise UserError(f"{record.parent} holds pictures of the same names, {there[0]} among them: "
+                        f"{'; '.join(differs)}. Choose another --out, or replace them with --overwrite")
+    run.barrier()
+    if run.is_main and before != facts:
+        for file in there:
+            file.unlink()
+        write_json(record, facts, "Choose another --out")
+    run.barrier()
 
 
 def make_folder(folder: str | Path, advice: str) -> None:

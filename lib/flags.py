@@ -192,6 +192,29 @@ def add_semantic(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_features(group: argparse._ArgumentGroup) -> None:
+    """What the feature of an image is, in re-identification (lib.models.reid.retrieval_features)."""
+    group.add_argument("--output_feature", "--output-feature", choices=["pool5", "fc"], default="pool5")
+    group.add_argument("--mirrored", action=argparse.BooleanOptionalAction, default=False,
+                       help="add the feature of the mirrored image")
+    group.add_argument("--lmp", type=up_to(64, 0), default=0, metavar="P",
+                       help="maxima of P horizontal parts of pool5 (SPGAN)")
+    group.add_argument("--bn-stats", choices=["running", "target"], default="running",
+                       help="target: re-estimate BN statistics on the target's training images first")
+
+
+def add_machine(p: argparse.ArgumentParser, kernels: bool = True) -> argparse._ArgumentGroup:
+    """Where a trained network is used. kernels: of csrc/ are used too."""
+    group = p.add_argument_group("machine")
+    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off",
+                       help="compute with 16 bits where that costs little accuracy")
+    group.add_argument("--cpu", action="store_true")
+    group.add_argument("--gpu", type=natural, default=0)
+    if kernels:
+        group.add_argument("--ops", choices=["auto", "compiled", "reference"], default="auto", help="kernels of csrc/")
+    return group
+
+
 def add_optimisation(p: argparse.ArgumentParser, sgd: bool = False) -> argparse._ArgumentGroup:
     """sgd: with the choice of lib.optim.deeplab_sgd's flavour."""
     group = p.add_argument_group("optimisation")

@@ -1,6 +1,7 @@
 """Did the content survive a translation? Measured with a frozen segmenter f, without looking at the target's labels."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from lib.datasets.pictures import read_image
+from lib.datasets.description import Domain
+from lib.datasets.pictures import read_image, spread
 from lib.datasets.unpaired import to_symmetric
 from lib.metrics import confusion_matrix, iou_dict, iou_table
 from lib.models.segmenter import FrozenSegmenter
 from lib.runtime import Run
 
-WORST = 10  # images listed
+WORST = 10        # images listed
+MAX_TARGET = 500  # images of the target that are looked at
 
 
 def gradient_correlation(x: Tensor, y: Tensor) -> float:
@@ -110,3 +114,17 @@ class ContentJudge:
         return "\n".join(lines)
 
 
+def judge_translations(f: FrozenSegmenter, images: Sequence[Path], translated: Sequence[Path], domain: Domain | None,
+                       target: Sequence[Path], run: Run) -> ContentJudge:
+    """A judge that has seen every image beside its translation.
+
+    domain: the data set of the images, whose labels are used if it has some. target: images of the target, of which
+    MAX_TARGET are looked at.
+    """
+    labelled = f.labels_of(domain) if domain is not None and domain.description.labels else None
+    judge = ContentJudge(f, run, 255 if domain is None else domain.description.ignore)
+    for i in tqdm(range(len(images)), unit="image", desc="judge", disable=None):
+        judge.add(images[i], translated[i], labelled and labelled.truth(i))
+    for i in spread(len(target), MAX_TARGET):
+        judge.look(target[i], "target")
+    return judge

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,12 +17,13 @@ from torch.utils.data import DataLoader
 
 from lib import ops, visual
 from lib.datasets.folder import outlive_stop
-from lib.datasets.persons import Person, PersonImages, PersonSet, TestTransform
+from lib.datasets.persons import JUNK, Person, PersonImages, PersonSet, TestTransform
 from lib.datasets.pictures import read_image, spread
 from lib.errors import UserError
+from lib.files import atomic_write
 from lib.metrics_reid import Scores, match_lists, reranked_scores, scores
 from lib.models.reid import IDNet, SPGANNet, retrieval_features
-from lib.runtime import Run
+from lib.runtime import NOT_FINITE, Run
 from lib.session import Log
 
 RANKS = (1, 5, 10, 20)  # of the CMC curve, as in the tables of papers
@@ -115,6 +119,59 @@ def in_percent(found: Scores) -> dict[str, float]:
     return {**{f"R{k}": 100 * float(found.cmc[k - 1]) for k in RANKS}, "mAP": 100 * found.mean_ap("trapezoid"),
             "mAP_precision": 100 * found.mean_ap("precision"), "unmatched": len(found.unmatched)}
 
+
+# --- features on disk -------------------------------------------------------------------------------------------------
+
+
+def write_features(path: Path, features: Tensor, data: PersonSet) -> None:
+    """An .npz: for query and gallery features [N, D], ids, cams (from 0) and files [N]; root, their common folder."""
+    arrays, begin = {"root": str(data.root.absolute())}, 0
+    for part, people in (("query", data.query), ("gallery", data.gallery)):
+        arrays[f"{part}_features"] = features[begin:begin + len(people)].numpy()
+        arrays[f"{part}_ids"], arrays[f"{part}_cams"] = names_of(people)
+        arrays[f"{part}_files"] = np.array([os.path.relpath(p.path, data.root) for p in people])
+        begin += len(people)
+    with atomic_write(path, "Choose another --save-features") as new, open(new, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_features(path: str | Path) -> tuple[Tensor, PersonSet]:
+    """What write_features wrote, without junk. Raises UserError that says what is wrong with the file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise UserError(f"--features {path}: not a file that --save-features wrote ({error})") from None
+    root, parts, features, junk = Path(str(arrays.get("root", "."))), {}, [], {}
+    for part in ("query", "gallery"):
+        names = [f"{part}_{what}" for what in ("features", "ids", "cams", "files")]
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise UserError(f"--features {path}: there is no array {missing[0]}; found {', '.join(arrays)}")
+        x, ids, cams, files = (arrays[name] for name in names)
+        if [a.ndim for a in (ids, cams, files)] != [1, 1, 1] or {ids.dtype.kind, cams.dtype.kind} - {"i", "u"}:
+            raise UserError(f"--features {path}: {part}_ids, {part}_cams must be whole numbers [N], {part}_files [N]")
+        if x.ndim != 2 or x.dtype.kind != "f" or not len(x) or {len(ids), len(cams), len(files)} != {len(x)}:
+            raise UserError(f"--features {path}: {part} has features {x.shape} {x.dtype}, {len(ids)} ids, {len(cams)} "
+                            f"cams and {len(files)} files; expected floats [N, D] and N of the others")
+        if not np.isfinite(x.sum(0, np.float64)).all():
+            raise UserError(f"--features {path}: {part}_features {NOT_FINITE}")
+        real = ids != JUNK
+        junk[part] = int((~real).sum())
+        parts[part] = [Person(root / str(f), int(i), int(c)) for f, i, c in zip(
+            files[real], ids[real], cams[real], strict=True)]
+        features.append(torch.from_numpy(x if real.all() else x[real]))
+    widths = [x.shape[1] for x in features]
+    if widths[0] != widths[1]:
+        raise UserError(f"--features {path}: queries have {widths[0]} numbers each, the gallery {widths[1]}. They come "
+                        "from two networks, or from two settings of one")
+    twice = [str(p) for p, n in Counter(p.path for part in parts.values() for p in part).items() if n > 1]
+    if twice:
+        raise UserError(f"--features {path}: {len(twice)} files stand in it twice, the first is {twice[0]}")
+    return torch.cat(features), PersonSet(Path(path).stem, root, [], **parts, identities=[], junk=junk)
+
+
+# --- pictures and scores in training ----------------------------------------------------------------------------------
 
 RIGHT, WRONG, NEITHER = (30, 150, 60), (200, 40, 40), (60, 60, 60)  # frames of rank_row
 

@@ -140,13 +140,14 @@ class Session:
         self.log = Log(self.run, self.folder / "log.jsonl", self.iteration, tensorboard)
         return self
 
-    def batches(self, dataset, seed: int, passes: int = 1, start: int | None = None) -> Iterator:
+    def batches(self, dataset, seed: int, passes: int = 1, start: int | None = None,
+                batch_size: int | None = None) -> Iterator:
         """Endless shuffled batches of this process, from where the run stands; ``passes`` batches an iteration.
 
-        start: the iteration of this data set to begin at (default: the run's).
+        start: the iteration of this data set to begin at (default: the run's). batch_size: default: --batch-size.
         """
         start = (self.iteration if start is None else start) * passes
-        return endless(dataset, self.args.batch_size, self.args.num_workers, seed=seed, start=start,
+        return endless(dataset, batch_size or self.args.batch_size, self.args.num_workers, seed=seed, start=start,
                        rank=self.run.rank, world=self.run.world, pin=self.run.device.type == "cuda")
 
     def pairs(self, data: DomainPair, seed: int, passes: int = 1, source_only: bool = False) -> Iterator[PairBatch]:

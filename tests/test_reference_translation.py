@@ -242,7 +242,7 @@ def test_training(trainer, variant, vgg):
     h, golden = info["hyperparameters"], info["variants"][variant]
     known = {**h, **golden["weights"]}
     w = script.Weights(**{k: known[k] for k in script.Weights._fields if k in known})
-    gan_type, judge = h["dis"]["gan_type"], vgg if w.vgg_w > 0 else None
+    gan_type, vgg = h["dis"]["gan_type"], vgg if w.vgg_w > 0 else None
     gen, dis = ({d: make(trainer, d) for d in "ab"} for make in (generator, discriminator))
     named = {"gen": {f"gen_{d}.{k}": p for d, net in gen.items() for k, p in net.named_parameters()},
              "dis": {f"dis_{d}.{k}": p for d, net in dis.items() for k, p in net.named_parameters()}}
@@ -253,7 +253,7 @@ def test_training(trainer, variant, vgg):
     codes = script.METHODS[trainer].codes(gen, x)
     script.METHODS[trainer].noise_d(codes, draw)  # D's draws come first
     terms = {}
-    for half in script.loss_gen(trainer, gen, dis, x, codes, draw, w, gan_type=gan_type, run=RUN, vgg=judge):
+    for half in script.loss_gen(trainer, gen, dis, x, codes, draw, w, gan_type=gan_type, run=RUN, vgg=vgg):
         terms |= half
     total = sum(script.weight_of(name, w) * loss for name, loss in terms.items())
     assert total.item() == pytest.approx(golden["first_G_loss_before_any_step"], rel=1e-9)
@@ -294,7 +294,7 @@ def test_training(trainer, variant, vgg):
             optimizer.param_groups[0]["lr"] = lr
         draw = draws(trainer, iteration)
         losses = script.step(trainer, gen, dis, {d: images(d, iteration) for d in "ab"}, draw, w, Update,
-                             gan_type=gan_type, run=RUN, vgg=judge)
+                             gan_type=gan_type, run=RUN, vgg=vgg)
         assert next(draw.left, None) is None  # as many as the release drew
         assert losses.keys() <= {f"loss_{name}" for name in expected["losses"]}
         for name, value in expected["losses"].items():  # those without weight are 0 there, and not computed here

@@ -14,7 +14,7 @@ from test_train_spgan import picture
 import train_adaptsegnet
 import translate as script
 from lib import checkpoint
-from lib.datasets.description import Domain, load_description, select_classes
+from lib.datasets.description import SHIPPED, Domain, load_description, select_classes
 from lib.datasets.folder import ImageFolder
 from lib.errors import UserError
 from lib.judge import ContentJudge, gradient_correlation, kernel_distance
@@ -77,8 +77,7 @@ def test_methods(photos, files, tmp_path, capsys, method):
         assert abs(difference).max() <= 1
     translator = script.load_translator(file, True)
     x = script.to_symmetric(Image.open(photos / "a/2.jpg"))[None]
-    args = script.parse_args(["--checkpoint", file, "--images", "x", "--out", "y"])
-    y = translator(x, script.Styles(translator, args, RUN)("a/2.png", 0))
+    y = translator(x, script.Styles(translator, RUN, seed=10)("a/2.png", 0))
     expected = ((y[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     assert abs(read(tmp_path / "ab/a/2.png").astype(int) - expected).max() == 0
 
@@ -101,8 +100,7 @@ def test_styles(photos, files, tmp_path):
     by_picture = run("picture", "--style", str(photos / "a/1.png"))
     assert not np.array_equal(read(by_picture / "3.png"), read(three / "style0/3.png"))
     net = script.load_translator(files / "munit.pt", True)
-    args = script.parse_args(["--checkpoint", "x", "--images", "x", "--out", "y", "--synchronized"])
-    styles = script.Styles(net, args, RUN)
+    styles = script.Styles(net, RUN, seed=10, synchronized=True)
     assert torch.equal(styles("a", 0), styles("b", 0)) and not torch.equal(styles("a", 0), styles("a", 1))
 
 
@@ -189,7 +187,7 @@ def test_a_trainer_takes_the_description(files, tmp_path):
 def test_a_jpeg_data_set(files, tmp_path):
     """Pictures with another ending, and a list."""
     pair = render(tmp_path / "pair")
-    entries = json.loads((script.SHIPPED / "gta5.json").read_text())
+    entries = json.loads((SHIPPED / "gta5.json").read_text())
     for path in (pair / "gta5/images").iterdir():
         Image.open(path).save(path.with_suffix(".jpg"))
     entries |= {"root": str(pair / "gta5"), "images": "images/{stem}.jpg", "list": "train.txt"}

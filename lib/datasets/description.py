@@ -33,13 +33,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from lib.datasets.pictures import listed_pictures
 from lib.errors import UserError, listed, shorten
-from lib.files import read_json
+from lib.files import read_json, write_json, write_text
 
 SHIPPED = Path(__file__).parent
 ENCODINGS = ("ids", "uint16", "rgb")
@@ -327,6 +327,23 @@ class Domain:
                                 f"{self.root}")
             paths.append(self.root / d.labels.format(**{"set": self.set, **match.groupdict()}))
         return paths
+
+
+def describe_copy(domain: Domain, data: str | Path, out: Path, file: Path) -> None:
+    """Write the description of a copy of a domain's images, PNG files below ``out``, with the labels where they are.
+
+    data: the description of the original, a shipped name or a file. A list of the set is written below ``out``.
+    """
+    shipped, list_ = SHIPPED / f"{data}.json", "lists/{set}.txt"
+    entries = read_json(shipped if shipped.is_file() else data)
+    sets = {**domain.description.sets, "source": domain.set} if "{set}" in entries["images"] else \
+        {key: domain.set for key in domain.description.sets}
+    entries |= {"root": str(out.resolve()), "images": str(PurePosixPath(entries["images"]).with_suffix(".png")),
+                "labels": entries["labels"] and f"{domain.root.resolve()}/{entries['labels']}", "list": list_,
+                "sets": sets}
+    names = [image.relative_to(domain.root).with_suffix(".png").as_posix() for image in domain.list_images()]
+    write_text(out / list_.format(set=domain.set), "\n".join(names) + "\n")
+    write_json(file, entries)
 
 
 def names_in(task: Description, d: Description) -> list[str | None]:

@@ -66,6 +66,23 @@ def listed_pictures(list_file: str | Path, folders: Sequence[Path]) -> list[Path
     return paths
 
 
+def output_names(images: Sequence[Path]) -> list[str]:
+    """Names without an ending for the files of each image: its own, or where those repeat its path below their folder.
+
+    Raises UserError where two images differ in their endings only.
+    """
+    names = [path.stem for path in images]
+    if len(set(names)) < len(names):
+        root = os.path.commonpath([path.parent for path in images])
+        names = [path.relative_to(root).with_suffix("").as_posix() for path in images]
+    seen: dict[str, Path] = {}
+    for name, path in zip(names, images, strict=True):
+        if name in seen:
+            raise UserError(f"{path} and {seen[name]} have the same name and would share one output file")
+        seen[name] = path
+    return names
+
+
 def check_pictures(images: Sequence[Path], check_all: bool = False, sample: int = 50) -> None:
     """Raises a UserError that lists the files that cannot be decoded: among ``sample`` of them spread evenly over the
     list (about a second, for every start), or among all."""
@@ -141,6 +158,19 @@ def open_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: {image.width}x{image.height} are more than {MAX_PIXELS >> 20} million pixels; "
                         "is it the right file?")
     return image
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a picture as read_image turns it, from its header. Raises UserError."""
+    image = open_image(path)
+    return image.size[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else image.size
+
+
+def require_same_sizes(images: Sequence[Path], copies: Sequence[Path], advice: str) -> None:
+    """Raises a UserError with ``advice`` that lists the copies that are not as large as their images."""
+    wrong = [copy for image, copy in zip(images, copies, strict=True) if picture_size(image) != open_image(copy).size]
+    if wrong:
+        raise UserError(f"{len(wrong)} pictures have not the size of their originals: {listed(wrong)}. {advice}")
 
 
 def load(path: str | Path, image: Image.Image) -> Image.Image:
