@@ -129,7 +129,10 @@ def open_images(args: argparse.Namespace) -> tuple[list[Path], Path, Domain | No
 
 
 def translate_set(args: argparse.Namespace, translator: Translator, run: Run) -> None:
-    out, (images, root, domain) = Path(args.out), open_images(args)
+    out, (images, root, domain), target = Path(args.out), open_images(args), []
+    if args.target:
+        target = find_pictures(args.target) if Path(args.target).is_dir() else \
+            Domain.open(args.target, args.data_dir_target).list_images()
     names = [image.relative_to(root).with_suffix(".png").as_posix() for image in images]
     if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise UserError(f"two pictures would be written as {twice[0]}: they differ in their endings only")
@@ -160,10 +163,6 @@ def translate_set(args: argparse.Namespace, translator: Translator, run: Run) ->
         run.say(f"{len(names)} pictures in {folder}{described}")
     run.say(f"peak memory {runtime.peak_memory(run.device):.1f} GiB")
     if args.judge:
-        target = []
-        if args.target:
-            target = find_pictures(args.target) if Path(args.target).is_dir() else \
-                Domain.open(args.target, args.data_dir_target).list_images()
         judge = judge_translations(load_segmenter(args.judge).to(run.device), images,
                                    [folders[0] / name for name in names], domain, target, run)
         run.say(judge.text())

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -325,12 +326,13 @@ def initialise(net: nn.Module, weights: Mapping[str, Tensor] | None, *, heads: b
     return str(load_into(net, weights, heads=heads, source=source))
 
 
-def check_same_arguments(saved: Mapping[str, object], now: Mapping[str, object], may_differ: set[str]) -> None:
-    """A resumed run must be the same run. Raises UserError that lists what differs."""
+def check_same_arguments(saved: Mapping[str, object], now: Mapping[str, object], may_differ: set[str],
+                         names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """A resumed run must be the same run. Raises UserError that lists what differs, by the flags' ``names``."""
     def plain(value: object) -> object:
         return list(value) if isinstance(value, tuple) else value
 
-    differs = [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items()
+    differs = [f"{names.get(k) or '--' + k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items()
                if k not in may_differ and plain(saved.get(k)) != plain(v)]
     if differs:
         raise UserError("--resume: this is another run than the one saved: " + "; ".join(differs)
@@ -354,15 +356,17 @@ def save_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[t
 
 
 def load_resume(path: Path, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
-                scaler: torch.amp.GradScaler, arguments: Mapping[str, object], may_differ: Iterable[str]) -> dict:
+                scaler: torch.amp.GradScaler, arguments: Mapping[str, object], may_differ: Iterable[str],
+                names: Mapping[str, str] = MappingProxyType({})) -> dict:
     """Put what save_resume wrote back in place; returns all of it.
 
-    Raises UserError where the file cannot be used, or where ``arguments`` are not those of the run that wrote it.
+    Raises UserError where the file cannot be used, or where ``arguments`` are not those of the run that wrote it;
+    names: how these are written on the command line.
     """
     state = load(path)
     if not isinstance(state, dict) or not isinstance(state.get("arguments"), dict) or "net" not in state:
         raise UserError(f"{path} is no resume file of this script")
-    check_same_arguments(state["arguments"], arguments, set(may_differ))
+    check_same_arguments(state["arguments"], arguments, set(may_differ), names)
     net, *others = modules
     with whole_run(path):
         net.load_state_dict(state["net"])

@@ -4,7 +4,9 @@ No torch here: compute_iou.py must start fast.
 """
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -69,6 +71,30 @@ def claim_folder(record: Path, facts: Mapping[str, object], files: Sequence[Path
             file.unlink()
         write_json(record, facts, "Choose another --out")
     run.barrier()
+
+
+@contextmanager
+def replaced_folder(folder: Path, is_made: Callable[[], bool]) -> Iterator[Path]:
+    """Yields a draft beside ``folder``, which then takes its place as a whole; what fails leaves ``folder`` as it was.
+
+    is_made: whether another process has made the folder meanwhile; the draft is then dropped. Raises UserError where
+    files cannot be written.
+    """
+    draft = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        yield draft
+        draft.chmod(0o755)  # mkdtemp's folders are private
+        if not is_made():
+            if folder.exists():
+                shutil.rmtree(folder)
+            draft.replace(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name a folder that can") from error
+    finally:
+        if draft:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def make_folder(folder: str | Path, advice: str) -> None:

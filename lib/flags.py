@@ -62,7 +62,7 @@ def size(text: str) -> tuple[int, int]:
 # Choices that change neither the data nor the mathematics of a run, so that a resumed run may change them.
 FREE_ARGUMENTS = frozenset({
     "resume", "overwrite", "num_workers", "save_pred_every", "eval_every", "log_every", "log_dir", "tensorboard",
-    "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile"})
+    "save_num_images", "gpu", "cpu", "check_data", "snapshot_dir", "ops", "compile", "flag_names"})
 # --demo: where the rendered pair of data sets lies, one folder for each seed
 DEMO_DATA = dict(source="gta5", target="demo", data_dir="data/demo/{seed}/gta5",
                  data_dir_target="data/demo/{seed}/cityscapes", num_workers=0)
@@ -75,12 +75,17 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[str, object]) -> argparse.Namespace:
-    """The arguments; with --demo those of ``demo`` are the defaults, in which {seed} is the seed."""
+    """The arguments; with --demo those of ``demo`` are the defaults, in which {seed} is the seed.
+
+    Their ``flag_names`` say how each is written on the command line.
+    """
     known = p.parse_known_args(argv)[0]
     if known.demo:
         p.set_defaults(**{key: value.format(seed=known.random_seed) if isinstance(value, str) else value
                           for key, value in demo.items()})
     args = p.parse_args(argv)
+    args.flag_names = {action.dest: next((name for name in action.option_strings if name.startswith("--")), "")
+                       for action in p._actions}
     args.overwrite = args.overwrite or (args.demo and args.resume in (None, False))
     if "segmenter" in args:
         if (args.lambda_semantic > 0) != (args.segmenter is not None):

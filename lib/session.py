@@ -108,7 +108,7 @@ class Session:
         path = Path(self.args.resume) if isinstance(self.args.resume, str) and self.args.resume else self.resume_file
         if asked and path.exists():
             state = checkpoint.load_resume(path, list(self.modules.values()), self.optimizers, self.scaler,
-                                           self._arguments(), self.free)
+                                           self._arguments(), self.free, self.args.flag_names)
             self.iteration, self.last_good, self.resumed = state["iteration"], path, True
             with checkpoint.whole_run(path):
                 if self.validation is not None and state.get("validation"):

@@ -73,7 +73,7 @@ def test_resume(root, tmp_path, monkeypatch, method):
     names = {p.name for p in (tmp_path / "whole").iterdir()}
     assert names == {p.name for p in (tmp_path / "parts").iterdir()}
     assert {f"{n}_net_{net}.pth" for n in ("latest", 3) for net in ("G_A", "G_B", "D_A", "D_B")} <= names
-    with pytest.raises(UserError, match="another run than the one saved: --lambda.A"):
+    with pytest.raises(UserError, match="another run than the one saved: --lambda_A was 10.0, is 3.0"):
         script.main([*parts, "--resume", "--lambda_A", "3"])
 
 

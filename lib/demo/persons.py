@@ -9,9 +9,7 @@ to the domain. Training and test people are disjoint.
 """
 import argparse
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lib import flags
 from lib.errors import UserError
+from lib.files import replaced_folder
 
 VERSION = 1  # raise it when the pictures change: demos rendered before are then rendered again
 WIDTH, HEIGHT, SCALE = 64, 128, 3  # drawn at three times the size
@@ -239,28 +238,20 @@ def render_persons(root: str | Path, seed: int = 0, people: int = 24, cameras: i
     root = Path(root)
     settings = json.dumps({"version": VERSION, "seed": seed, "people": people, "cameras": cameras, "images": images})
     marker = root / "persons.json"
-    if marker.is_file() and marker.read_text() == settings:
+
+    def rendered() -> bool:
+        return marker.is_file() and marker.read_text() == settings
+
+    if rendered():
         return root
     if root.exists() and not (root.is_dir() and {p.name for p in root.iterdir()} <= {"plaza", "campus", marker.name}):
         raise UserError(f"{root}: holds other files than a demo; name a new or empty folder")
-    draft = None
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    with replaced_folder(root, rendered) as draft:
         for number, (name, look) in enumerate((("plaza", SOURCE), ("campus", TARGET))):
             _render_domain(draft / name, look, np.random.default_rng([seed, number]), people, cameras, images)
         transfer_colours(draft / "plaza", draft / "campus")
         transfer_colours(draft / "campus", draft / "campus")
         (draft / marker.name).write_text(settings)
-        draft.chmod(0o755)  # mkdtemp's folders are private
-        if root.exists():
-            shutil.rmtree(root)
-        draft.replace(root)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror}); name a folder that can") from error
-    finally:
-        if draft:
-            shutil.rmtree(draft, ignore_errors=True)
     return root
 
 

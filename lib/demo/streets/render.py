@@ -1,7 +1,5 @@
 """Renders views and writes them to disk in the layouts of GTA5 and Cityscapes."""
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from random import Random
 
@@ -13,6 +11,7 @@ from lib.demo.streets.look import CLASSES, SOURCE, TARGET
 from lib.demo.streets.objects import compose
 from lib.demo.streets.shading import fractal_noise, shade
 from lib.errors import UserError
+from lib.files import replaced_folder
 
 VERSION = 6  # raise it when the pictures change: demos rendered before are then rendered again
 
@@ -47,10 +46,7 @@ def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_
     if root.exists() and not (root.is_dir() and {p.name for p in root.iterdir()} <= ours):
         raise UserError(f"{root}: holds other files than a demo; name a new or empty folder")
     palette = bytes(c for i in range(256) for c in CLASSES.get(i, (0, 0, 0)))
-    draft = None
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    with replaced_folder(root, rendered) as draft:
         for domain, count in counts.items():
             for index in tqdm(range(count), f"rendering {domain}", leave=False, disable=None):
                 picture, label = render_view(domain, seed, index, size)
@@ -67,14 +63,4 @@ def render_demo(root: Path, seed: int = 0, size: tuple[int, int] = (192, 96), n_
                     path.parent.mkdir(parents=True, exist_ok=True)
                     image.save(path, compress_level=1)
         (draft / "demo.json").write_text(settings)
-        draft.chmod(0o755)  # mkdtemp's folders are private
-        if not rendered():  # unless another process was faster
-            if root.exists():
-                shutil.rmtree(root)
-            draft.replace(root)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror}); name a folder that can") from error
-    finally:
-        if draft:
-            shutil.rmtree(draft, ignore_errors=True)
     return root
