@@ -365,8 +365,7 @@ def draws(seed: int, i: int, run: runtime.Run, batch: int) -> Draw:
     generator = torch.Generator(run.device).manual_seed(int(state))
 
     def draw(shape: Sequence[int]) -> Tensor:
-        whole = torch.randn(batch * run.world, *shape[1:], device=run.device, generator=generator)
-        return whole[batch * run.rank:batch * (run.rank + 1)]
+        return run.share(torch.randn(batch * run.world, *shape[1:], device=run.device, generator=generator))
     return draw
 
 

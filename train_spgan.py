@@ -266,7 +266,7 @@ class ImagePool:
                 index = int(self.rng.integers(self.size))
                 image, self.held[index] = self.held[index], image
             out.append(image)
-        return torch.cat(out)[self.run.rank * len(images):(self.run.rank + 1) * len(images)]
+        return self.run.share(torch.cat(out))
 
     def state_dict(self) -> dict[str, object]:
         return {"held": [image.cpu() for image in self.held], "rng": self.rng.bit_generator.state}
@@ -374,8 +374,8 @@ def dropout_masks(seed: int, i: int, n: int, run: Run) -> Callable[[], Tensor]:
     rng = np.random.default_rng([seed, i])
 
     def keep() -> Tensor:
-        mask = rng.integers(0, 2, (n * run.world, SiaNet.hidden))[run.rank * n:(run.rank + 1) * n]
-        return torch.from_numpy(mask).float().to(run.device)
+        mask = torch.from_numpy(rng.integers(0, 2, (n * run.world, SiaNet.hidden)))
+        return run.share(mask).float().to(run.device)
     return keep
 
 

@@ -121,6 +121,11 @@ class Run:
         dist.all_gather(parts, x.detach().contiguous())
         return torch.cat(parts)
 
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's rows of those of all processes, [N * world, ...] -> [N, ...]; gather's inverse."""
+        n = len(rows) // self.world
+        return rows[self.rank * n:(self.rank + 1) * n]
+
     def average_gradients(self, modules: Iterable[nn.Module]) -> None:
         """Mean over processes of every gradient, in place."""
         if self.world == 1:

@@ -388,3 +388,5 @@ def test_a_resumed_run_is_the_same_run():
     checkpoint.check_same_arguments(saved, {**saved, "resume": True}, {"resume"})
     with pytest.raises(UserError, match=r"--gan was LS, is Vanilla; --input-size was \(64, 48\), is None\. Give"):
         checkpoint.check_same_arguments(saved, {"gan": "Vanilla", "input_size": None}, {"resume"})
+    with pytest.raises(UserError, match="--gan_mode was LS, is Vanilla"):
+        checkpoint.check_same_arguments(saved, {"gan": "Vanilla"}, {"resume"}, {"gan": "--gan_mode"})
