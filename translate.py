@@ -129,7 +129,8 @@ def open_images(args: argparse.Namespace) -> tuple[list[Path], Path, Domain | No
 
 
 def translate_set(args: argparse.Namespace, translator: Translator, run: Run) -> None:
-    out, (images, root, domain), target = Path(args.out), open_images(args), []
+    out, target = Path(args.out), []
+    images, root, domain = open_images(args)
     if args.target:
         target = find_pictures(args.target) if Path(args.target).is_dir() else \
             Domain.open(args.target, args.data_dir_target).list_images()
