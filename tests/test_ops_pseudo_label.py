@@ -1,9 +1,11 @@
 """Label maps and class-balanced pseudo-labels: compiled operators and reference against the definition."""
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lib import ops
+from lib.ops.pseudo_label import _probabilities
 
 BACKENDS = ["reference", "compiled"]
 SHAPES = [((19, 33, 65), (256, 512)), ((5, 33, 33), (100, 130)), ((3, 30, 20), (217, 23)), ((4, 100, 300), (64, 128)),
@@ -443,3 +445,17 @@ def test_cuda_reports_what_is_not_finite(compiled, cuda):
                 ops.select_threshold(hist, 0.2)
             label, = cuda.run(lambda to, x=x, size=size: [ops.pseudo_label(to(x), to(torch.full((3,), 0.1)), size)])
             assert label.eq(255).any() and not label.eq(255).all()
+
+
+def test_probabilities_at_some_pixels_are_those_of_the_operators():
+    """What LRENT's training sees of an image, and what labelled it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 19, 9, 13, generator=generator)
+    prior = torch.rand(19, 40, 64, generator=generator)
+    expected = _probabilities(logits[0], logits[1], prior, (40, 64), True, False)
+    rows, cols = np.array([0, 7, 8, 39]), np.arange(64)[::-3]
+    ours = ops.probabilities_at(logits, (40, 64), rows, cols, prior)
+    torch.testing.assert_close(ours, expected[:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
+    once = ops.probabilities_at(logits[:1], (40, 64), rows, cols)
+    torch.testing.assert_close(once, _probabilities(logits[0], None, None, (40, 64), True, False)
+                               [:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)

@@ -26,16 +26,14 @@ from scripts import (
 
 import train_adaptsegnet
 import train_cbst as script
-from lib import checkpoint, ops
+from lib import checkpoint
 from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import ImageFolder
 from lib.datasets.labels import read_indices, written_values
 from lib.datasets.prior import balanced_prior, spatial_prior
-from lib.datasets.transforms import RandomCrop
 from lib.errors import UserError
 from lib.models.deeplab import build
 from lib.models.fcn8s import FCN8s
-from lib.ops.pseudo_label import _probabilities
 
 SCRIPT = "train_cbst.py"
 CLASSES = list(load_description("demo").classes)
@@ -210,59 +208,6 @@ def test_values_of_label_files(name, unlabelled):
     d = load_description(name)
     ids, void = written_values(d)
     assert void == unlabelled and void not in ids and void in d.void and len(set(ids)) == len(d.classes)
-
-
-def test_probabilities_at_some_pixels_are_those_of_the_operators():
-    """What LRENT's training sees of an image, and what labelled it."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 19, 9, 13, generator=generator)
-    prior = torch.rand(19, 40, 64, generator=generator)
-    expected = _probabilities(logits[0], logits[1], prior, (40, 64), True, False)
-    rows, cols = np.array([0, 7, 8, 39]), np.arange(64)[::-3]
-    ours = ops.probabilities_at(logits, (40, 64), rows, cols, prior)
-    torch.testing.assert_close(ours, expected[:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
-    once = ops.probabilities_at(logits[:1], (40, 64), rows, cols)
-    torch.testing.assert_close(once, _probabilities(logits[0], None, None, (40, 64), True, False)
-                               [:, rows][:, :, cols.copy()], rtol=1e-5, atol=1e-7)
-
-
-def test_mined_crops_hold_their_class():
-    """A rare pixel is met by chance 1 in 40; with mining nearly always, at the crop's centre or near a border."""
-    image = Image.fromarray(np.zeros((100, 200, 3), np.uint8))
-    label = np.zeros((100, 200), np.uint8)
-    label[70, 30] = 5
-
-    def hits(mine: list[int], chance: float) -> int:
-        cut = RandomCrop((40, 20), "caffe", mine_chance=chance)
-        return sum((cut(image, label, np.random.default_rng(n), mine=mine).label == 5).any().item() for n in range(400))
-
-    assert hits([], 1.0) < 60 and hits([5], 0.0) < 60 and hits([5], 1.0) == 400 and hits([4], 1.0) < 60
-    assert 300 < hits([4, 5], 0.8) < 360
-    always = RandomCrop((40, 20), "caffe", mine_chance=1.0)
-    crop = always(image, label, np.random.default_rng(0), mine=[5])
-    assert (crop.label == 5).nonzero().tolist() == [[10, 20]]
-    label[70, 30], label[99, 0] = 0, 5  # in a corner the crop is shifted back inside
-    crop = always(image, label, np.random.default_rng(0), mine=[5])
-    assert (crop.label == 5).nonzero().tolist() == [[19, 0]] and crop.rows[-1] == 99 and crop.cols[0] == 0
-
-
-def test_crops_of_images_and_labels_agree():
-    """The label's value is the image's colour, whatever the scale, the mirror and the padding."""
-    label = np.kron(np.random.default_rng(0).integers(0, 250, (6, 8)), np.ones((20, 20))).astype(np.uint8)
-    image = Image.fromarray(np.repeat(label[..., None], 3, 2))
-    sizes, mirrored = set(), 0
-    cut = RandomCrop((200, 150), "caffe", random_scale=True, random_mirror=True)
-    for n in range(60):
-        crop = cut(image, label, np.random.default_rng(n), working=(240, 120))
-        m, k = len(crop.rows), len(crop.cols)
-        sizes.add((m, k))
-        mirrored += crop.cols[0] > crop.cols[-1]
-        assert crop.image.shape == (3, 150, 200) and crop.label.shape == (150, 200)
-        assert (crop.label[m:] == 255).all() and (crop.label[:, k:] == 255).all() and not crop.image[:, m:].any()
-        grey = crop.image[0, :m, :k] + 104.00698793
-        assert ((grey - crop.label[:m, :k]).abs() < 2).float().mean() > 0.6  # but for the borders of the blocks
-        assert np.array_equal(crop.label[:m, :k], label[crop.rows[:, None], crop.cols])
-    assert {h for h, _ in sizes} >= {60, 72, 84, 96, 108, 120, 132, 144, 150} and 15 < mirrored < 45
 
 
 def test_spatial_prior():

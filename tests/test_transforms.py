@@ -4,7 +4,18 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.datasets.transforms import PIXELS, Augment, crop_or_pad, mirror, resize, to_image, to_tensor
+from lib.datasets.transforms import (
+    PIXELS,
+    Augment,
+    RandomCrop,
+    crop_or_pad,
+    from_unit,
+    mirror,
+    resize,
+    to_image,
+    to_tensor,
+    to_unit,
+)
 
 # each class in its own grey, so that the image shows where its label should be
 GREYS = np.array([0, 60, 120, 180, 240], np.uint8)
@@ -149,3 +160,68 @@ def test_a_size_of_one_pixel_survives_random_scales():
     for seed in range(5):
         x, y = augment(noise(8, 8), np.zeros((8, 8), np.uint8), np.random.default_rng(seed))
         assert x.shape == (3, 1, 1) and y.tolist() == [[0]]
+
+
+def test_a_random_short_side_and_a_crop():
+    """The image keeps its proportions, and is padded where it is smaller than the crop."""
+    image, label = noise(60, 40), np.ones((40, 60), np.uint8)
+    augment, heights = Augment(None, "caffe", crop=(50, 50), short=(20, 30), ignore=9), set()
+    for seed in range(60):
+        x, y = augment(image, label, np.random.default_rng(seed))
+        assert x.shape == (3, 50, 50) and y.shape == (50, 50)
+        height, width = (y == 1).any(1).sum().item(), (y == 1).any(0).sum().item()
+        assert width == round(1.5 * height) and ((y == 9).sum() == 2500 - height * width)
+        heights.add(height)
+    assert heights == set(range(20, 31))
+
+
+def test_any_convention_in_0_to_1_and_back():
+    rgb = torch.tensor([[0.0, 0.5, 1.0]]).view(1, 3, 1, 1)
+    for name, p in PIXELS.items():
+        values = rgb.flip(1) if p.bgr else rgb
+        x = (255 * values * p.scale - torch.tensor(p.mean).view(3, 1, 1)) / torch.tensor(p.std).view(3, 1, 1)
+        torch.testing.assert_close(to_unit(x, name), values)
+        torch.testing.assert_close(from_unit(values, name), x)
+        assert torch.equal(from_unit(values + 2, name), from_unit(torch.ones_like(values), name))
+
+
+# --- crops of self-training -------------------------------------------------------------------------------------------
+
+
+def test_mined_crops_hold_their_class():
+    """A rare pixel is met by chance 1 in 40; with mining nearly always, at the crop's centre or near a border."""
+    image = Image.fromarray(np.zeros((100, 200, 3), np.uint8))
+    label = np.zeros((100, 200), np.uint8)
+    label[70, 30] = 5
+
+    def hits(mine: list[int], chance: float) -> int:
+        cut = RandomCrop((40, 20), "caffe", mine_chance=chance)
+        return sum((cut(image, label, np.random.default_rng(n), mine=mine).label == 5).any().item() for n in range(400))
+
+    assert hits([], 1.0) < 60 and hits([5], 0.0) < 60 and hits([5], 1.0) == 400 and hits([4], 1.0) < 60
+    assert 300 < hits([4, 5], 0.8) < 360
+    always = RandomCrop((40, 20), "caffe", mine_chance=1.0)
+    crop = always(image, label, np.random.default_rng(0), mine=[5])
+    assert (crop.label == 5).nonzero().tolist() == [[10, 20]]
+    label[70, 30], label[99, 0] = 0, 5  # in a corner the crop is shifted back inside
+    crop = always(image, label, np.random.default_rng(0), mine=[5])
+    assert (crop.label == 5).nonzero().tolist() == [[19, 0]] and crop.rows[-1] == 99 and crop.cols[0] == 0
+
+
+def test_crops_of_images_and_labels_agree():
+    """The label's value is the image's colour, whatever the scale, the mirror and the padding."""
+    label = np.kron(np.random.default_rng(0).integers(0, 250, (6, 8)), np.ones((20, 20))).astype(np.uint8)
+    image = Image.fromarray(np.repeat(label[..., None], 3, 2))
+    sizes, mirrored = set(), 0
+    cut = RandomCrop((200, 150), "caffe", random_scale=True, random_mirror=True)
+    for n in range(60):
+        crop = cut(image, label, np.random.default_rng(n), working=(240, 120))
+        m, k = len(crop.rows), len(crop.cols)
+        sizes.add((m, k))
+        mirrored += crop.cols[0] > crop.cols[-1]
+        assert crop.image.shape == (3, 150, 200) and crop.label.shape == (150, 200)
+        assert (crop.label[m:] == 255).all() and (crop.label[:, k:] == 255).all() and not crop.image[:, m:].any()
+        grey = crop.image[0, :m, :k] + 104.00698793
+        assert ((grey - crop.label[:m, :k]).abs() < 2).float().mean() > 0.6  # but for the borders of the blocks
+        assert np.array_equal(crop.label[:m, :k], label[crop.rows[:, None], crop.cols])
+    assert {h for h, _ in sizes} >= {60, 72, 84, 96, 108, 120, 132, 144, 150} and 15 < mirrored < 45
