@@ -19,6 +19,7 @@ from lib.datasets.folder import DomainPair, ImageFolder, outlive_stop
 from lib.datasets.pictures import read_image
 from lib.datasets.transforms import from_unit, resize, to_image, to_tensor
 from lib.errors import UserError
+from lib.layout import Layout, falling_coverage, layout_of, layout_warnings
 from lib.metrics import confusion_matrix, iou_table, mean_iou
 from lib.models.deeplab import downsample, logits_of
 from lib.runtime import Run, as_float32
@@ -208,16 +209,22 @@ def confusion_of(label: np.ndarray, dataset: ImageFolder, index: int) -> np.ndar
 
 
 def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: str, num_classes: int, run: Run, *,
-          align_corners: bool = True, aggregate: float = 0.0, workers: int = 0) -> np.ndarray:
+          align_corners: bool = True, aggregate: float = 0.0, workers: int = 0,
+          layout: Layout | None = None) -> np.ndarray:
     """Confusion matrix int64 [C, C] (rows: truth) of ``net`` in eval mode on a labelled set, over all processes.
 
-    size: (width, height) that images are resized to; label maps are scored at the size of the label.
+    size: (width, height) that images are resized to; label maps are scored at the size of the label, and counted in
+    ``layout``.
     """
     fast = prepare(net)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     for index, _, label in predictions(fast, ViewSet(dataset.images, size, pixels), run, workers=workers,
                                        align_corners=align_corners, aggregate=aggregate, share=True):
         confusion += confusion_of(label, dataset, index)
+        if layout is not None:
+            layout.add(label)
+    if layout is not None:
+        layout.counts = run.sum(torch.from_numpy(layout.counts).to(run.device)).cpu().numpy()
     return run.sum(torch.from_numpy(confusion).to(run.device)).cpu().numpy()
 
 
@@ -315,7 +322,7 @@ class Validation:
 
     The best is chosen on that same set and written to ``folder``/best.pth. bn_stats "target": BN statistics are
     re-estimated on the target's training images first. max_pictures: at each evaluation (0: none).
-    aggregate: as for predict.
+    aggregate: as for predict. Signs that the adaptation does harm (lib/layout.py) are printed and logged.
     """
 
     def __init__(self, data: DomainPair, size: tuple[int, int], pixels: str, run: Run, folder: Path, *, bn_stats: str,
@@ -326,6 +333,8 @@ class Validation:
         self.best: dict[str, float] | None = None
         self.confusion: np.ndarray | None = None  # of the last call
         self.iteration: int | None = None         # of the last call
+        self.source_layout: Layout | None = None  # from the first call on
+        self.warned: set[str] = set()             # classes and coverages that were warned of
 
     def state_dict(self) -> dict[str, object]:
         return {"best": self.best, "iteration": self.iteration,
@@ -343,19 +352,33 @@ class Validation:
 
     def __call__(self, net: nn.Module, iteration: int, meta: Mapping[str, object], log: Log) -> None:
         scored = self.as_scored(net)
+        layout = Layout(len(self.data.classes))
         self.confusion = score(scored, self.data.validation, self.size, self.pixels, len(self.data.classes), self.run,
-                               workers=self.workers, **self.how)
+                               workers=self.workers, layout=layout, **self.how)
         self.iteration, miou = iteration, 100 * mean_iou(self.confusion)
         if self.best is None or miou > self.best["mIoU"]:
             self.best = {"mIoU": miou, "iteration": iteration}
             if self.run.is_main:
                 checkpoint.save_weights(scored, self.folder / "best.pth", {**meta, "mIoU": miou, "bn_stats": "running"})
-        log.scores(iteration, {"mIoU": miou, "best_mIoU": self.best["mIoU"]})
         self.run.say(f"iteration {iteration}: target mIoU {miou:.2f} (best {self.best['mIoU']:.2f} at "
                      f"{self.best['iteration']})")
+        log.scores(iteration, {"mIoU": miou, "best_mIoU": self.best["mIoU"], **self.warn(layout, log.path)})
         if self.run.is_main and self.max_pictures:
             pictures({"prediction": scored}, self.data, self.size, self.pixels, self.max_pictures,
                      self.folder / "pictures" / f"{iteration}.png", self.run, **self.how)
+
+    def warn(self, layout: Layout, log: Path) -> dict[str, object]:
+        """Print what looks like harm in the label maps' layout and the log, once each; all of it for the log."""
+        if self.source_layout is None:
+            self.source_layout = layout_of(self.data.source)
+        found = layout_warnings(self.source_layout, layout, self.data.classes)
+        if self.run.is_main:
+            found |= falling_coverage(log)
+        for name in found.keys() - self.warned:
+            self.run.say(f"warning: {found[name]}")
+        self.warned |= found.keys()
+        distance = {"layout_distance": layout.distance(self.source_layout)}
+        return {**distance, "warnings": list(found.values())} if found else distance
 
     def report(self) -> None:
         """Print the table of the last evaluation, and last and best."""

@@ -1,8 +1,10 @@
 """Shares of the classes by height, and the warnings that follow from them."""
+import json
+
 import numpy as np
 import pytest
 
-from lib.layout import BANDS, Layout, layout_warnings
+from lib.layout import BANDS, Layout, falling_coverage, layout_warnings
 
 CLASSES = ["sky", "road", "living"]
 
@@ -50,15 +52,29 @@ def test_distance():
 
 
 def test_no_warning_where_the_target_is_laid_out_like_the_source():
-    assert layout_warnings(SOURCE, layout(street(slice(28, 32), slice(0, 20))), CLASSES) == []
+    assert layout_warnings(SOURCE, layout(street(slice(28, 32), slice(0, 20))), CLASSES) == {}
 
 
 def test_a_band_of_one_class_is_named():
     warnings = layout_warnings(SOURCE, layout(street(slice(40, 44))), CLASSES)
-    assert warnings == ["'living' fills 100 % of the target's pixels at 66 % of the height; in the source's labels at "
-                        "most 8 % at any height"]
+    assert warnings == {"living": "'living' fills 100 % of the target's pixels at 66 % of the height; in the source's "
+                                  "labels at most 8 % at any height"}
 
 
 def test_a_class_common_in_the_source_and_gone_is_named():
     warnings = layout_warnings(SOURCE, layout(np.ones((64, 100), np.uint8)), CLASSES)
-    assert warnings[0] == "'sky' is predicted on 0 % of the target's pixels; it has 50 % of the source's"
+    assert warnings["sky"] == "'sky' is predicted on 0 % of the target's pixels; it has 50 % of the source's"
+
+
+@pytest.mark.parametrize(("last", "warned"), [(0.2, True), (0.35, False)])
+def test_a_coverage_that_falls_by_more_than_half_is_named(tmp_path, last, warned):
+    lines = [{"iteration": i, "loss": 1.0, "cover_cls": 0.6 if i < 5 else last} for i in range(10)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"iteration": 9}]))
+    found = falling_coverage(tmp_path / "log.jsonl")
+    assert found.keys() == ({"cover_cls"} if warned else set())
+    if warned:
+        assert "from 0.60 to 0.20" in found["cover_cls"]
+
+
+def test_no_log_no_warning(tmp_path):
+    assert falling_coverage(tmp_path / "log.jsonl") == {}

@@ -19,6 +19,7 @@ from lib.datasets.folder import DomainPair, ImageFolder
 from lib.datasets.pseudo_labels import IGNORE, PseudoLabels, write_list, write_text
 from lib.datasets.transforms import RandomCrop
 from lib.errors import UserError
+from lib.layout import layout_of, layout_warnings
 from lib.metrics import iou_dict, iou_table, mean_iou, selection_table
 from lib.runtime import Run
 
@@ -135,6 +136,14 @@ class Rounds:
                 "labelled_share": sum(selection["labelled"].values()) / int(labelled.sum()),
                 "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
 
+    def warn_of_layout(self) -> dict[str, object]:
+        """Print where the pseudo-labels are laid out unlike the source's labels; their distance (lib/layout.py)."""
+        source, selected = layout_of(self.data.source), layout_of(self.labels().open())
+        warnings = layout_warnings(source, selected, self.data.classes)
+        for warning in warnings.values():
+            self.run.say(f"warning: among the pseudo-labels {warning}")
+        return {"layout_distance": selected.distance(source), "warnings": list(warnings.values())}
+
     def labelled(self, report: dict, source_images: Sequence[int], max_pictures: int) -> None:
         """Print and write the report of the round, whose stage is now "train"; one without thresholds only scored."""
         self.reports, self.stage = [*self.reports, report], "train"
@@ -148,6 +157,7 @@ class Rounds:
             if is_labelled:
                 source = self.data.source
                 self.labels().describe()
+                report |= self.warn_of_layout()
                 if max_pictures:
                     self.labels().draw(max_pictures, self.at_work / "pictures.png")
                 write_list([source.images[i] for i in source_images], source.domain.root, self.at_work / "source.txt")
