@@ -62,13 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--model", choices=["DeepLab", "DeeplabMulti", "Deeplab", "DeeplabVGG"], default="DeepLab",
                      help="DeepLab: by --multi-level")
     net.add_argument("--aspp", choices=["released", "full"], default="released", help="rates summed: 6, 12 or all four")
-    net.add_argument("--bn-affine", choices=["auto", "train", "frozen"], default="auto",
-                     help="BN weights and biases; auto: frozen, but trained from random weights")
-    net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=True,
-                     help="BN statistics update while training")
+    flags.add_batch_norm(net, affine="auto", is_training=True)
     net.add_argument("--freeze-bn", dest="is_training", action="store_false", help="the same as --no-is-training")
-    net.add_argument("--bn-stats", choices=["running", "target"], default="running",
-                     help="target: re-estimate BN statistics on the target before scoring")
     flags.add_data(p, augmentation=True)
     opt = flags.add_optimisation(p, sgd=True)
     opt.add_argument("--iter-size", type=flags.count, default=1, help="backward passes a step")

@@ -93,12 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--model", choices=list(MODELS), help="default: recognised by the checkpoint's keys")
     net.add_argument("--aspp", choices=["released", "full"],
                      help="rates summed: 6, 12 or all four (default: the checkpoint's, else full)")
-    net.add_argument("--bn-affine", choices=["train", "frozen"], default="frozen", help="BN weights and biases")
-    net.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=False,
-                     help="BN statistics update while training")
-    net.add_argument("--bn-stats", choices=["running", "target", "both"], default="running",
-                     help="each round begins by re-estimating BN statistics on the target, or on it and the next "
-                          "round's source images")
+    flags.add_batch_norm(net, affine="frozen", is_training=False, rounds=True)
     data = flags.add_data(p)
     data.add_argument("--subset", type=flags.count, metavar="N",
                       help="use N target images, drawn by --seed and listed in subset.txt")

@@ -62,8 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help="the operator of lib/ops/, or the paper's formulas with N x N matrices")
     net = flags.add_network(p)
     net.add_argument("--freeze-bn", action="store_true", help="BN statistics are used, not updated")
-    net.add_argument("--bn-stats", choices=["running", "target"], default="running",
-                     help="target: re-estimate BN statistics on the target before scoring")
+    flags.add_bn_stats(net)
     data = flags.add_data(p)
     data.add_argument("--resize-short", type=flags.size, default=(760, 988),
                       help="minimum,maximum of the random short side, unless --input-size is given")

@@ -127,6 +127,29 @@ def add_network(p: argparse.ArgumentParser, trained: bool = False) -> argparse._
     return group
 
 
+def add_batch_norm(group: argparse._ArgumentGroup, affine: str, is_training: bool, rounds: bool = False) -> None:
+    """affine, is_training: defaults; "auto" is a choice where it is the default. rounds: as add_bn_stats."""
+    if affine == "auto":
+        group.add_argument("--bn-affine", choices=["auto", "train", "frozen"], default=affine,
+                           help="BN weights and biases; auto: frozen, but trained from random weights")
+    else:
+        group.add_argument("--bn-affine", choices=["train", "frozen"], default=affine, help="BN weights and biases")
+    group.add_argument("--is-training", action=argparse.BooleanOptionalAction, default=is_training,
+                       help="BN statistics update while training")
+    add_bn_stats(group, rounds)
+
+
+def add_bn_stats(group: argparse._ArgumentGroup, rounds: bool = False) -> None:
+    """rounds: a run in rounds re-estimates before each, on both domains too if asked."""
+    if rounds:
+        group.add_argument("--bn-stats", choices=["running", "target", "both"], default="running",
+                           help="each round begins by re-estimating BN statistics on the target, or on it and the "
+                                "next round's source images")
+    else:
+        group.add_argument("--bn-stats", choices=["running", "target"], default="running",
+                           help="target: re-estimate BN statistics on the target before scoring")
+
+
 def add_data(p: argparse.ArgumentParser, augmentation: bool = False) -> argparse._ArgumentGroup:
     """augmentation: the flags of lib.datasets.transforms.Augment too."""
     group = p.add_argument_group("data")
