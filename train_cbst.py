@@ -407,7 +407,7 @@ def train(args: argparse.Namespace) -> Session:
                     rare, mine = rare_classes(predicted, args.rare_cls_num, args.mine_port)
                     report |= rounds.report_selection(target_portion, len(chosen[r]), thresholds, predicted, labelled,
                                                       rare, mine)
-                rounds.labelled(report, chosen[r], args.save_num_images)
+                rounds.end_labelling(report, chosen[r], args.save_num_images)
                 optimizer.state.clear()  # each round trains with a fresh momentum
                 session.save()
             if r == last:

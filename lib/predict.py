@@ -374,8 +374,9 @@ class Validation:
         found = layout_warnings(self.source_layout, layout, self.data.classes)
         if self.run.is_main:
             found |= falling_coverage(log)
-        for name in found.keys() - self.warned:
-            self.run.say(f"warning: {found[name]}")
+        for name, warning in found.items():
+            if name not in self.warned:
+                self.run.say(f"warning: {warning}")
         self.warned |= found.keys()
         distance = {"layout_distance": layout.distance(self.source_layout)}
         return {**distance, "warnings": list(found.values())} if found else distance

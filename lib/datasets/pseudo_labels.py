@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lib.datasets.folder import DomainPair, ImageFolder
 from lib.datasets.labels import derived_description, label_table, written_values
 from lib.datasets.pictures import spread
 from lib.errors import UserError
-from lib.files import atomic_write
+from lib.files import atomic_write, write_json, write_text
 
 IGNORE = 255
 
@@ -64,7 +63,7 @@ class PseudoLabels:
         entries = derived_description(domain.description, domain.root, self.final / "pseudo_labels",
                                       f"{self.final}/{{set}}.txt", domain.set)
         write_list(self.data.target.images, domain.root, self.work / f"{domain.set}.txt")
-        write_text(self.work / "pseudo_labels.json", json.dumps(entries, indent=1) + "\n")
+        write_json(self.work / "pseudo_labels.json", entries)
 
     def open(self) -> ImageFolder:
         """The target with these labels."""
@@ -94,12 +93,6 @@ class PseudoLabels:
         captions = ["image", "pseudo-label", "truth"][:len(rows[0])]
         key = visual.legend(data.classes, data.palette, len(captions) * (width + 4) - 4)
         visual.save(visual.panel(rows, captions, width, key=key), path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Raises UserError."""
-    with atomic_write(path) as new:
-        new.write_text(text)
 
 
 def write_list(images: Sequence[Path], root: Path, path: Path) -> None:

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 from lib import checkpoint, ops
 from lib.datasets.folder import DomainPair, ImageFolder
-from lib.datasets.pseudo_labels import IGNORE, PseudoLabels, write_list, write_text
+from lib.datasets.pseudo_labels import IGNORE, PseudoLabels, write_list
 from lib.datasets.transforms import RandomCrop
 from lib.errors import UserError
+from lib.files import write_json, write_text
 from lib.layout import layout_of, layout_warnings
 from lib.metrics import iou_dict, iou_table, mean_iou, selection_table
 from lib.runtime import Run
@@ -144,7 +145,7 @@ class Rounds:
             self.run.say(f"warning: among the pseudo-labels {warning}")
         return {"layout_distance": selected.distance(source), "warnings": list(warnings.values())}
 
-    def labelled(self, report: dict, source_images: Sequence[int], max_pictures: int) -> None:
+    def end_labelling(self, report: dict, source_images: Sequence[int], max_pictures: int) -> None:
         """Print and write the report of the round, whose stage is now "train"; one without thresholds only scored."""
         self.reports, self.stage = [*self.reports, report], "train"
         is_labelled = "thresholds" in report
@@ -161,7 +162,7 @@ class Rounds:
                 if max_pictures:
                     self.labels().draw(max_pictures, self.at_work / "pictures.png")
                 write_list([source.images[i] for i in source_images], source.domain.root, self.at_work / "source.txt")
-            write_text(self.at_work / "report.json", json.dumps(report, indent=1) + "\n")
+            write_json(self.at_work / "report.json", report)
             write_text(self.folder / "rounds.jsonl", "".join(map(_line, self.reports)))
 
     def say_scores(self) -> None:
