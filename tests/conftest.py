@@ -1,4 +1,5 @@
 """What tests share: golden numbers (in the folder SEGADAPT_REFERENCE, or the copies here) and both backends."""
+import ctypes
 import json
 import os
 import re
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# Read when torch is loaded, which nothing has done yet: where other work shares the cores, threads that wait for each
-# other in a loop take six times the processor time of threads that sleep.
+# One thread for networks of a few parameters: to share out their work takes longer than to do it, and many times as
+# long where other processes run. all_cores is for the others; they sleep while they wait. Read when torch is loaded.
+CORES = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +73,41 @@ def fill(keys, seed: int, prefix: str = "", checksums=None) -> dict:
     for key, (total, norm) in (checksums or {}).items():
         assert weights.checksum(state[key]) == pytest.approx((total, norm), rel=1e-9, abs=1e-9 * norm), key
     return state
+
+
+def with_weights(net, state: dict):
+    """A network of the meta device, whose own weights nobody drew, with copies of these."""
+    net.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+    return net
+
+
+@pytest.fixture
+def all_cores():
+    """For tests whose arithmetic takes the time, or is about threads; OMP_NUM_THREADS counts where it is set."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(CORES)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def freed_memory_is_kept():
+    """For modules that train large networks: glibc would map and clear the gradients of each pass anew, which takes
+    longer than the arithmetic. Afterwards the memory goes back to the system.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    yield
+    libc.mallopt(mmap_max, 65536)
+    libc.mallopt(trim_threshold, 128 << 10)
+    libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from lib import ops
 from lib.ops.association import _contrast_softmax_, _ordered_dot, _product_argmax, _softmax_grad_
 from train_pixel_assoc import association
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 KINDS = ["random", "clustered", "duplicates", "ties", "ranges"]
 
 

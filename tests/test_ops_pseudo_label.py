@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lib import ops
 from lib.ops.pseudo_label import _probabilities
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 BACKENDS = ["reference", "compiled"]
 SHAPES = [((19, 33, 65), (256, 512)), ((5, 33, 33), (100, 130)), ((3, 30, 20), (217, 23)), ((4, 100, 300), (64, 128)),
           ((255, 4, 4), (70, 90)), ((1, 5, 5), (100, 100)), ((7, 20, 30), (20, 130)), ((6, 1, 1), (90, 41)),

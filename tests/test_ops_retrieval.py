@@ -8,6 +8,7 @@ from lib import ops
 from lib.ops import retrieval
 from lib.ops.build import kernels
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 SIZES = [(1, 1, 1), (530, 20, 3), (9, 1100, 33), (7, 70, 530)]  # each with an edge of the tiles: 512 x 512 x 512
 KINDS = ["random", "clustered", "duplicates", "ties", "ranges", "tiny"]
 

@@ -3,12 +3,11 @@
 Which networks, layers, variants and settings there are is what the files say.
 """
 import re
-from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
-from conftest import cases, fill, load_reference, scaled, skipped
+from conftest import cases, fill, load_reference, scaled, skipped, with_weights
 from torch.nn import functional as F
 
 import train_adaptsegnet as script
@@ -18,6 +17,7 @@ from lib.models.deeplab import build
 from lib.optim import ReleasedAdam, deeplab_sgd, set_poly_lr
 from lib.runtime import Run
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 MODELS, ARRAYS = load_reference("adaptsegnet_models")
 STEPS, IMAGES = load_reference("adaptsegnet_steps")
 
@@ -30,22 +30,42 @@ def is_discriminator(keys) -> bool:
 
 
 def new_network(keys) -> torch.nn.Module:
-    """The network of ours that these keys and shapes describe, in float64. Raises UserError for any other."""
-    shapes = {key: torch.empty(shape, device="meta") for key, shape in keys}
-    if is_discriminator(keys):
-        net = script.FCDiscriminator(shapes["conv1.weight"].shape[1], ndf=shapes["conv1.weight"].shape[0])
-    else:
-        found = checkpoint.recognise(shapes)
-        net = build(found["model"], found["num_classes"], found["arch"])
+    """The network of ours that these keys and shapes describe, on the meta device. Raises UserError for any other."""
+    with torch.device("meta"):
+        shapes = {key: torch.empty(shape) for key, shape in keys}
+        if is_discriminator(keys):
+            net = script.FCDiscriminator(shapes["conv1.weight"].shape[1], ndf=shapes["conv1.weight"].shape[0])
+        else:
+            found = checkpoint.recognise(shapes)
+            net = build(found["model"], found["num_classes"], found["arch"])
     assert [[key, list(value.shape)] for key, value in net.state_dict().items()] == keys
-    return net.double()
+    return net
 
 
-def filled_network(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-    model = MODELS["models"][name]
-    net = new_network(model["keys"])
-    net.load_state_dict(fill(model["keys"], MODELS["seed"], checksums=model.get("weight_checksums")))
-    return net.to(dtype)
+@pytest.fixture(scope="module")
+def filled(freed_memory_is_kept):
+    """filled(keys, seed, prefix, checksums): the reference's weights, to be read only; filling takes seconds."""
+    done = {}
+
+    def get(keys, *settings) -> dict[str, torch.Tensor]:
+        name = repr((keys, settings))
+        if name not in done:
+            done[name] = fill(keys, *settings)
+        return done[name]
+
+    yield get
+    done.clear()
+
+
+@pytest.fixture
+def filled_network(filled):
+    """filled_network(name, dtype): a network of the files with its weights."""
+    def get(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+        model = MODELS["models"][name]
+        state = filled(model["keys"], MODELS["seed"], "", model.get("weight_checksums"))
+        return with_weights(new_network(model["keys"]), state).to(dtype)
+
+    return get
 
 
 def relative_error(ours, golden):
@@ -71,7 +91,7 @@ def network_cases(discriminators: bool) -> list:
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", network_cases(discriminators=False))
-def test_network(name, dtype, tolerance):
+def test_network(filled_network, name, dtype, tolerance):
     model = MODELS["models"][name]
     net = filled_network(name, dtype)
     frozen = {key for key, p in net.named_parameters() if not p.requires_grad}
@@ -94,7 +114,7 @@ def test_network(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("name", network_cases(discriminators=True))
-def test_discriminator(name):
+def test_discriminator(filled_network, name):
     net = filled_network(name)
     assert relative_error(net(F.softmax(scaled(ARRAYS, f"{name}_logits"), 1)), ARRAYS[f"{name}_out"]) <= 1e-9
     for match in cases(rf"{re.escape(name)}_out_on_(.+)", ARRAYS.files):
@@ -144,17 +164,11 @@ def parsed_arguments(variant: str):
     return script.parse_args(["--multi-level", *arguments, *STEPS["variants"][variant]["arguments"]])
 
 
-@lru_cache
-def initial_weights(name: str) -> dict[str, torch.Tensor]:
-    """Of G, D1 or D2; filling them takes seconds."""
-    net = new_module(name)
-    return fill([[key, list(value.shape)] for key, value in net.state_dict().items()], STEPS["seed"],
-                STEPS["prefixes"][name])
-
-
 def new_module(name: str) -> torch.nn.Module:
-    net = build("DeeplabMulti", STEPS["num_classes"]) if name == "G" else script.FCDiscriminator(STEPS["num_classes"])
-    return net.double()
+    """G, D1 or D2 on the meta device."""
+    with torch.device("meta"):
+        return build("DeeplabMulti", STEPS["num_classes"]) if name == "G" else script.FCDiscriminator(
+            STEPS["num_classes"])
 
 
 def accumulate(net, levels, x_s, y_s, x_t, args) -> dict[str, torch.Tensor]:
@@ -165,8 +179,7 @@ def accumulate(net, levels, x_s, y_s, x_t, args) -> dict[str, torch.Tensor]:
 
 def test_learning_rates_and_repetitions():
     """Which parameters train, how often the release lists each, and which get ten times the rate."""
-    with torch.device("meta"):
-        net = build("DeeplabMulti", STEPS["num_classes"])
+    net = new_module("G")
     names = {id(p): name for name, p in net.named_parameters()}
     groups = deeplab_sgd(net, "released", lr=1.0, momentum=0.9, weight_decay=0.0).param_groups
     for number, multiple in (("0", 1), ("1", 10)):
@@ -175,7 +188,7 @@ def test_learning_rates_and_repetitions():
 
 
 @pytest.mark.parametrize("variant, semantics", iteration_cases())
-def test_iterations(variant, semantics):
+def test_iterations(filled, variant, semantics):
     """As train() performs them."""
     settings = STEPS["variants"][variant]
     golden = settings["results"][semantics]
@@ -184,8 +197,10 @@ def test_iterations(variant, semantics):
     assert STEPS["hyper_parameters_default"]["source_label"] == script.SOURCE
     assert STEPS["hyper_parameters_default"]["target_label"] == script.TARGET
     modules = {name: new_module(name) for name in ("G", "D1", "D2")}
+    start = {name: filled([[key, list(value.shape)] for key, value in module.state_dict().items()], STEPS["seed"],
+                          STEPS["prefixes"][name]) for name, module in modules.items()}
     for name, module in modules.items():
-        module.load_state_dict(initial_weights(name))
+        with_weights(module, start[name])
     net, d1, d2 = modules.values()
     net.train()
     levels = [script.Level(1, d1, args.lambda_seg, args.lambda_adv_target1),
@@ -225,7 +240,7 @@ def test_iterations(variant, semantics):
             assert value.norm().item() == pytest.approx(norms["l2"], rel=1e-9, abs=1e-12), key
             # sums cancel: on the scale of the tensor
             assert value.sum().item() == pytest.approx(norms["sum"], rel=1e-9, abs=1e-9 * value.abs().sum().item())
-            delta = (value - initial_weights(name)[key]).norm().item()
+            delta = (value - start[name][key]).norm().item()
             assert delta == pytest.approx(norms["delta_l2"], rel=1e-9, abs=1e-12), key
     assert {int(v) for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} == {
         golden["num_batches_tracked"]}

@@ -2,8 +2,7 @@
 
 Which shapes of images, batches and orders of updates there are is what the files say.
 """
-import ctypes
-import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from lib.datasets.transforms import PIXELS, to_unit
 from lib.models.fcn8s import FCN8s
 from lib.runtime import Run
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 INFO, DATA = load_reference("lsd")
 MEAN = torch.tensor(PIXELS["caffe"].mean, dtype=torch.float64).view(3, 1, 1)
 ARGS = script.parse_args([])
@@ -42,14 +42,7 @@ class Networks(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def networks() -> Networks:
-    if sys.platform == "linux":
-        # glibc would map and clear the gradients of each pass anew, which takes longer than the arithmetic.
-        # M_MMAP_MAX and M_TRIM_THRESHOLD make it keep what was freed.
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)
-            libc.mallopt(-1, 2**31 - 1)
+def networks(freed_memory_is_kept) -> Iterator[Networks]:
     with torch.device("meta"):
         net = FCN8s(INFO["num_classes"], dropout=0.0)
         modules = {"fcn8s": net, "netG": script.Generator(net.channels),
@@ -64,7 +57,10 @@ def networks() -> Networks:
     optimizers = script.make_optimizers(
         net, (gen, dis), optimizer=ARGS.optimizer, lr=ARGS.learning_rate, lr_g=ARGS.lr_g, lr_d=ARGS.lr_d,
         beta1=ARGS.beta1, beta1_gan=ARGS.beta1_gan, momentum=ARGS.momentum, weight_decay=ARGS.weight_decay)
-    return Networks(modules, weights, optimizers)
+    found = Networks(modules, weights, optimizers)
+    yield found
+    for gigabytes in found:
+        gigabytes.clear()
 
 
 def array(case: str, name: str) -> np.ndarray:

@@ -5,7 +5,7 @@ Which cases, sizes, classes and settings there are is what the files say.
 import numpy as np
 import pytest
 import torch
-from conftest import cases, every, fill, load_reference, scaled
+from conftest import cases, every, fill, load_reference, scaled, with_weights
 
 import train_pixel_assoc as script
 from lib import checkpoint, ops
@@ -15,6 +15,7 @@ from lib.optim import deeplab_sgd, set_poly_lr
 from lib.predict import aggregated_probabilities, predict
 from lib.runtime import Run
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 INFO, DATA = load_reference("plca")
 CPU = Run(torch.device("cpu"), 0, 1, "off")
 IGNORE = 255
@@ -176,19 +177,26 @@ NETWORK = INFO["network"]
 
 
 @pytest.fixture(scope="module")
-def weights():
-    return fill(NETWORK["keys"], NETWORK["seed"], checksums=NETWORK["weight_checksums"])
+def weights(freed_memory_is_kept):
+    found = fill(NETWORK["keys"], NETWORK["seed"], checksums=NETWORK["weight_checksums"])
+    yield found
+    found.clear()
 
 
-def network(weights):
+def network(weights) -> torch.nn.Module:
     found = checkpoint.recognise(weights)
-    net = build(found["model"], NETWORK["num_classes"], found["arch"]).double()
-    net.load_state_dict(weights)
-    return net
+    with torch.device("meta"):
+        net = build(found["model"], NETWORK["num_classes"], found["arch"])
+    return with_weights(net, weights)
 
 
-def test_network(weights):
-    net = network(weights).eval()
+@pytest.fixture(scope="module")
+def net(weights):
+    """In eval mode, to be read only."""
+    return network(weights).eval()
+
+
+def test_network(net):
     assert [[key, list(value.shape)] for key, value in net.state_dict().items()] == NETWORK["keys"]
     assert [key for key, p in net.named_parameters() if not p.requires_grad] == NETWORK["requires_grad_false"]
     x = torch.from_numpy(DATA["net_input"]).double()
@@ -202,10 +210,9 @@ def test_network(weights):
 
 
 @pytest.fixture(scope="module")
-def alpha_at_test(weights) -> float:
+def alpha_at_test(net) -> float:
     """The share of aggregation at test time: the files give the one of the loss and of training, the README 0.5."""
-    golden, net = DATA["test_aggregated_scores"], network(weights).eval()
-    x = torch.from_numpy(DATA["net_input"]).double()
+    golden, x = DATA["test_aggregated_scores"], torch.from_numpy(DATA["net_input"]).double()
 
     def error(alpha: float) -> float:
         with torch.no_grad():
@@ -215,8 +222,7 @@ def alpha_at_test(weights) -> float:
 
 
 @pytest.mark.parametrize("kind", [match[1] for match in cases(r"test_(aggregated|plain)_scores", DATA.files)])
-def test_scores(weights, kind, backend, alpha_at_test):
-    net = network(weights).eval()
+def test_scores(net, kind, backend, alpha_at_test):
     x, gt, classes = torch.from_numpy(DATA["net_input"]).double(), DATA["test_gt"], NETWORK["num_classes"]
     aggregated = kind == "aggregated"
     with torch.no_grad():

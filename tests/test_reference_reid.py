@@ -16,6 +16,7 @@ from lib.datasets import persons
 from lib.models import reid
 from lib.runtime import Run
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 ONE = Run(torch.device("cpu"), 0, 1, "off")
 INFO, DATA = load_reference("reid")
 HYPER = INFO["hyper_parameters"]

@@ -16,6 +16,7 @@ from lib.models.translation import (
 )
 from lib.runtime import Run
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 INFO, DATA = load_reference("translation")
 SEED, BATCH = INFO["seed"], INFO["batch"]
 RUN = Run(torch.device("cpu"), 0, 1, "off")

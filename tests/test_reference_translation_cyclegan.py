@@ -10,6 +10,7 @@ import train_spgan as script
 from lib.models.cyclegan import BLOCKS, ResnetGenerator, build_generator, from_release
 from lib.runtime import Run
 
+pytestmark = pytest.mark.usefixtures("all_cores")
 INFO, DATA = load_reference("translation")
 RUN = Run(torch.device("cpu"), 0, 1, "off")
 ARGS = script.parse_args(["--method", "spgan"])  # SPGAN's settings are not in the file
