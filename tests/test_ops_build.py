@@ -2,9 +2,9 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -18,9 +18,15 @@ needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 TINY = "int loaded = 1;\n"  # no kernels: PyTorch's headers alone take ten seconds
 
 
-def python(code: str, **env) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True,
-                          text=True)
+def start(folder: Path, code: str, **env) -> processes.Started:
+    """The code as a script in ``folder``, in a process of its own."""
+    file = folder / f"{len(list(folder.glob('*.py')))}.py"
+    file.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    return processes.Started([str(file)], {**os.environ, **env})
+
+
+def python(folder: Path, code: str, **env) -> subprocess.CompletedProcess:
+    return start(folder, code, **env).wait(600)
 
 
 @pytest.fixture
@@ -65,7 +71,7 @@ def test_no_compiler_is_one_warning_and_an_error_only_on_demand(tmp_path):
             "assert ops.backend() == 'reference'\n"
             "try: ops.use('compiled')\n"
             "except UserError as e: print(e)")
-    done = python(code, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path), SEGADAPT_OPS="auto")
+    done = python(tmp_path, code, CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path), SEGADAPT_OPS="auto")
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler" in done.stdout and done.stdout.count("\n") == 1
 
@@ -74,7 +80,7 @@ def test_no_compiler_is_one_warning_and_an_error_only_on_demand(tmp_path):
 def test_a_failed_build_says_where_and_why_in_one_line(tiny, tmp_path):
     code, env = tiny
     (tmp_path / "csrc/cpu/tiny.cpp").write_text("int x = undeclared_name;\n")
-    done = python(code, **env)
+    done = python(tmp_path, code, **env)
     assert done.returncode == 0 and done.stdout == "reference [0, 1]\n", done.stderr
     told = [line for line in done.stderr.splitlines() if "compiled operators" in line]
     assert len(told) == 1 and "undeclared_name" in told[0] and "failed.log" in told[0]
@@ -86,16 +92,15 @@ def test_the_cache(tiny, tmp_path):
     """Three processes start together: one compiles, all load. The next finds the cache; a truncated one and one that
     does not load are made again; in a read-only folder that is one line."""
     code, env = tiny
-    running = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
-    outputs = [p.communicate() for p in running]
+    together = [start(tmp_path, code, **env) for _ in range(3)]
+    done = [process.wait(600) for process in together]
     good = "compiled [0, 1]\n"
-    assert [out for out, _ in outputs] == [good] * 3, outputs
-    assert sum("compiling" in err for _, err in outputs) == 1
+    assert [process.stdout for process in done] == [good] * 3, done
+    assert sum("compiling" in process.stderr for process in done) == 1
     library, = (tmp_path / "cache").glob("*.so")
 
     def run(expected, compiles, patch=""):
-        done = python(patch + code, **env)
+        done = python(tmp_path, patch + code, **env)
         assert done.returncode == 0 and done.stdout == expected, done.stderr
         assert ("compiling" in done.stderr) == compiles
         return done.stderr.splitlines()

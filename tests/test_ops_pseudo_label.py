@@ -166,7 +166,8 @@ def test_histograms_merge_and_batches_equal_single_images(backend):
 
 OPTIONS = [{}, {"align_corners": False}, {"flip": True}, {"prior": True},
            {"flip": True, "prior": True, "align_corners": False}]
-SIZES = [((2, 9, 13, 33), (97, 258)), ((2, 9, 40, 300), (40, 300)), ((1, 1, 5, 5), (70, 70))]
+SIZES = [((2, 9, 13, 33), (97, 258)), ((2, 9, 13, 33), (104, 264)), ((2, 9, 40, 300), (40, 300)),
+         ((1, 1, 5, 5), (70, 70))]
 
 
 def logits_and(options, shape, size):
@@ -203,7 +204,10 @@ def test_compiled_agrees_with_reference_on_logits(compiled, options, shape, size
     finally:
         ops.use(before)
     (label_r, confidence_r, pseudo_r), (label_c, confidence_c, pseudo_c) = results
-    torch.testing.assert_close(confidence_c, confidence_r, rtol=2e-6, atol=0)
+    # Builds of PyTorch and of the kernels with and without fused products round a place between pixels, (i + 1/2)
+    # scale - 1/2, differently unless the scale is a power of two; logits change by up to 20 from pixel to pixel.
+    exact = kwargs["align_corners"] or size in (shape[2:], (8 * shape[2], 8 * shape[3]))
+    torch.testing.assert_close(confidence_c, confidence_r, rtol=2e-6 if exact else 5e-5, atol=0)
     assert (label_c != label_r).float().mean() < 1e-4 and (pseudo_c != pseudo_r).float().mean() < 1e-4
 
 
