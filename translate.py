@@ -4,6 +4,7 @@
     python train_adaptsegnet.py --source data/gta5_city.json ...                 # any segmenter trains on the result
     python translate.py --checkpoint gen_01000000.pt --images photos --out dusk --num-style 4
     python translate.py --cameras market --data-dir data --checkpoint checkpoints/market   # camera styles for re-ID
+    python translate.py --checkpoint statistics --source gta5 --target cityscapes --out data/GTA5_matched   # no network
 
 Written are PNG files under the same relative names and of exactly the same sizes. A described data set also gets a
 description, OUT.json (small letters), with the labels where they are: they are never resampled. What is there already
@@ -31,7 +32,7 @@ from lib.errors import UserError, listed
 from lib.files import claim_folder, missing_files, write_json
 from lib.judge import judge_translations
 from lib.models.segmenter import load_segmenter
-from lib.predict_translation import MAX_SIDE, Styles, Translator, load_translator
+from lib.predict_translation import MAX_SIDE, Styles, Translator, load_translator, match_statistics
 from lib.runtime import Run
 
 MIN_SIDE = 16  # pixels of a picture: reflection padding at a quarter of the size needs as many
@@ -40,7 +41,8 @@ MIN_SIDE = 16  # pixels of a picture: reflection padding at a quarter of the siz
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", required=True, metavar="FILE",
-                   help="*_net_G_A.pth, Epoch_(N).ckpt or gen_*.pt; with --cameras the folder of train_spgan.py")
+                   help="*_net_G_A.pth, Epoch_(N).ckpt or gen_*.pt; with --cameras the folder of train_spgan.py; "
+                        "'statistics': no network, each channel's mean and deviation become those of --target")
     p.add_argument("--a2b", type=int, choices=[0, 1], default=1, help="0: from B to A")
     what = p.add_argument_group("what is translated")
     what.add_argument("--images", "--input_folder", metavar="FOLDER", help="pictures in it and below it")
@@ -50,6 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--source-set", help="its set (default: the description's)")
     what.add_argument("--cameras", metavar="NAME", help="or a re-ID data set: every training image as every camera")
     what.add_argument("--domains", metavar="A,B", help="with --cameras: from camera A to camera B only")
+    what.add_argument("--target", help="a folder or described data set, for --checkpoint statistics, and for --judge "
+                                       "to tell the distance of the pictures to it")
+    what.add_argument("--data-dir-target", help="folder of the target (default: the description's)")
     what.add_argument("--out", "--output_folder", metavar="FOLDER", help="where the pictures go")
     how = p.add_argument_group("how")
     size = how.add_mutually_exclusive_group()
@@ -64,8 +69,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--seed", type=flags.seed, default=10, help="MUNIT: of the styles, which each file has its own of")
     judge = p.add_argument_group("did the content survive?")
     judge.add_argument("--judge", metavar="CHECKPOINT", help="a segmenter that looks at the pictures before and after")
-    judge.add_argument("--target", help="a folder or described data set: distance of the pictures to it")
-    judge.add_argument("--data-dir-target", help="folder of the target (default: the description's)")
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote into --out")
     flags.add_machine(p, kernels=False)
     args = p.parse_args(argv)
@@ -77,8 +80,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         p.error("--domains are two cameras of --cameras")
     if args.cameras and (args.judge or not args.a2b or args.data_list or args.source_set):
         p.error("--judge, --a2b, --data-list and --source-set do not go with --cameras")
-    if args.target and not args.judge:
-        p.error("--target is what --judge compares with")
+    args.match_statistics = args.checkpoint == "statistics"
+    if args.target and not (args.judge or args.match_statistics):
+        p.error("--target is what --judge compares with, or whose statistics --checkpoint statistics takes")
+    if args.match_statistics and (not args.target or args.cameras or not args.a2b):
+        p.error("--checkpoint statistics takes those of --target, without --cameras and --a2b 0")
     return args
 
 
@@ -96,9 +102,9 @@ def translate_file(translator: Translator, path: Path, out: Path, run: Run, styl
     visual.save(y if y.size == image.size else y.resize(image.size, Image.Resampling.BICUBIC), out, **options)
 
 
-def open_translator(args: argparse.Namespace, path: str | Path, a2b: bool, run: Run) -> Translator:
+def open_translator(args: argparse.Namespace, translator: Translator, run: Run) -> Translator:
     """On the device, and with the scale of the flags where they give one. Raises UserError."""
-    translator = load_translator(path, a2b).place(run)
+    translator = translator.place(run)
     if args.width or args.short_side or args.file_size:
         translator.scale = ("width", args.width) if args.width else ("short_side", args.short_side) \
             if args.short_side else None
@@ -128,19 +134,31 @@ def open_images(args: argparse.Namespace) -> tuple[list[Path], Path, Domain | No
     return images, root, domain
 
 
-def translate_set(args: argparse.Namespace, translator: Translator, run: Run) -> None:
-    out, target = Path(args.out), []
+def open_target(args: argparse.Namespace) -> list[Path]:
+    """The images of --target, where it is given."""
+    if not args.target:
+        return []
+    if Path(args.target).is_dir():
+        return find_pictures(args.target)
+    return Domain.open(args.target, args.data_dir_target).list_images()
+
+
+def translate_set(args: argparse.Namespace, run: Run) -> None:
+    out, target = Path(args.out), open_target(args)
     images, root, domain = open_images(args)
-    if args.target:
-        target = find_pictures(args.target) if Path(args.target).is_dir() else \
-            Domain.open(args.target, args.data_dir_target).list_images()
+    translator = open_translator(args, match_statistics(images, target) if args.match_statistics
+                                 else load_translator(args.checkpoint, bool(args.a2b)), run)
+    runtime.header(run, {"translator": f"{translator.method}, {'A to B' if args.a2b else 'B to A'}",
+                         "weights": args.checkpoint, "scale": translator.scale or "of the files",
+                         "tiles": args.tile or "none, whole images", "output": args.out})
     names = [image.relative_to(root).with_suffix(".png").as_posix() for image in images]
     if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise UserError(f"two pictures would be written as {twice[0]}: they differ in their endings only")
     folders = [out / f"style{k}" for k in range(args.num_style)] if args.num_style > 1 else [out]
     styles = Styles(translator, run, args.seed, args.style, args.synchronized)
-    stamp = zlib.crc32(Path(args.checkpoint).read_bytes())
-    facts = {"checkpoint": f"{args.checkpoint} ({stamp:08x})", "a2b": args.a2b, "scale": translator.scale,
+    made_with = f"statistics of {args.target}" if args.match_statistics else \
+        f"{args.checkpoint} ({zlib.crc32(Path(args.checkpoint).read_bytes()):08x})"
+    facts = {"checkpoint": made_with, "a2b": args.a2b, "scale": translator.scale,
              "root": str(root.resolve()), **({key: getattr(args, key) for key in (
                  "seed", "style", "num_style", "synchronized")} if translator.styles else {})}
     claim_folder(out / "translate.json", facts, [folder / name for folder in folders for name in names],
@@ -190,7 +208,7 @@ def translate_cameras(args: argparse.Namespace, run: Run) -> None:
         raise UserError(f"{len(missing)} of the cameras' translators are not there: {listed(missing)}. Train them: "
                         f"python train_spgan.py --cameras {args.cameras} --snapshot-dir {args.checkpoint}")
     for (c, d), path in files.items():
-        translator = open_translator(args, path, c < d, run)
+        translator = open_translator(args, load_translator(path, c < d), run)
         mine = [p.path for p in persons.train if p.camera == c][run.rank::run.world]
         for image in tqdm(mine, unit="image", desc=f"{c + 1} to {d + 1}", disable=None if run.is_main else True):
             file = out / f"{image.stem}_fake_{c + 1}to{d + 1}.jpg"
@@ -205,11 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.seed, deterministic=False)
     if args.cameras:
         return translate_cameras(args, run)
-    translator = open_translator(args, args.checkpoint, bool(args.a2b), run)
-    runtime.header(run, {"translator": f"{translator.method}, {'A to B' if args.a2b else 'B to A'}",
-                         "weights": args.checkpoint, "scale": translator.scale or "of the files",
-                         "tiles": args.tile or "none, whole images", "output": args.out})
-    return translate_set(args, translator, run)
+    return translate_set(args, run)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,40 @@ def load_translator(path: str | Path, a2b: bool) -> Translator:
     return Translator(method, Same(), net, tuple(scale) if scale else None)
 
 
+class Scale(nn.Module):
+    """The decoder that scales and shifts each channel."""
+
+    def __init__(self, factor: Tensor, shift: Tensor):
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(len(factor), len(factor), 1))
+        self.model[0].weight.data.copy_(factor.diag()[:, :, None, None])
+        self.model[0].bias.data.copy_(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def match_statistics(source: Sequence[Path], target: Sequence[Path], max_images: int = 500) -> Translator:
+    """The translation without a network: each channel's mean and deviation over the source become the target's.
+
+    They are measured on up to ``max_images`` pictures of each, spread over the lists.
+    """
+    (mean_s, std_s), (mean_t, std_t) = (channel_statistics([paths[i] for i in spread(len(paths), max_images)])
+                                        for paths in (source, target))
+    factor = std_t / std_s.clamp(min=1e-6)
+    return Translator("mean and deviation", Same(), Scale(factor, mean_t - mean_s * factor), stride=1)
+
+
+def channel_statistics(images: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation), float64 [3] each, of all pixels of the pictures, in -1..1."""
+    count, total, squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for path in images:
+        x = to_symmetric(read_image(path)).flatten(1).double()
+        count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
+
+
 class Styles:
     """MUNIT's k styles of each file, drawn from N(0, I), or of pictures. A file's do not depend on the others.
 

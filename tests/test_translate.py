@@ -362,3 +362,25 @@ def test_a_missing_label(files, tmp_path):
     with pytest.raises(UserError, match="1 of 5 labels do not exist: .*00003.png"):
         script.main(["--checkpoint", str(files / "latest_net_G_A.pth"), "--source", "gta5", "--data-dir",
                      str(pair / "gta5"), "--out", str(tmp_path / "out"), "--cpu"])
+
+
+def test_statistics_become_the_targets(photos, tmp_path, capsys):
+    """Over all pictures each channel's mean and deviation; whole and tiled alike; the target is needed."""
+    rng = np.random.default_rng(1)
+    target = tmp_path / "target"
+    target.mkdir()
+    for n in range(2):
+        grey = rng.normal([90, 120, 140], [12, 20, 16], (40, 50, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(grey).save(target / f"{n}.png")
+    arguments = ["--checkpoint", "statistics", "--images", str(photos), "--target", str(target), "--cpu"]
+    script.main([*arguments, "--out", str(tmp_path / "whole")])
+    script.main([*arguments, "--out", str(tmp_path / "tiled"), "--tile", "24"])
+    names = ["a/1.png", "a/2.png", "3.png"]
+    ours = np.concatenate([read(tmp_path / "whole" / name).reshape(-1, 3) for name in names]).astype(float)
+    truth = np.concatenate([read(path).reshape(-1, 3) for path in sorted(target.iterdir())]).astype(float)
+    assert ours.mean(0) == pytest.approx(truth.mean(0), abs=1)
+    assert ours.std(0) == pytest.approx(truth.std(0), abs=1)
+    assert all(np.array_equal(read(tmp_path / "whole" / name), read(tmp_path / "tiled" / name)) for name in names)
+    with pytest.raises(SystemExit):
+        script.main(["--checkpoint", "statistics", "--images", str(photos), "--out", str(tmp_path / "x")])
+    assert "statistics takes those of --target" in capsys.readouterr().err
