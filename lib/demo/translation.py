@@ -20,6 +20,7 @@ from lib.files import atomic_write
 from lib.metrics import iou_table, mean_iou
 from lib.models.deeplab import build, logits_of, set_bn_affine, upsample
 from lib.optim import deeplab_sgd, set_poly_lr
+from lib.predict_translation import match_statistics
 from lib.runtime import Run
 
 Translate = Callable[[Tensor], Tensor]  # pictures of the source [1, 3, H, W] in -1..1 -> those of the target
@@ -41,8 +42,8 @@ def compare_translations(translators: Mapping[str, Translate], root: Path, folde
     data = open_pair(Domain.open("gta5", root / "gta5", default_set="source"),
                      Domain.open("demo", root / "cityscapes"), augment, augment, seed=seed)
     originals = data.source.images
-    versions = {"original": originals,
-                "mean, deviation": write(originals, matching(originals, data.target.images), folder / "matched", run)}
+    matched = match_statistics(originals, data.target.images).place(run)
+    versions = {"original": originals, "mean, deviation": write(originals, matched, folder / "matched", run)}
     for name, translate in translators.items():
         versions[name] = write(originals, translate, folder / name, run)
 
@@ -66,18 +67,6 @@ def compare_translations(translators: Mapping[str, Translate], root: Path, folde
                      folder / "label_maps.png", run)
     run.say(f"pictures: {folder / 'translations.png'}, {folder / 'label_maps.png'}")
     return {column: 100 * mean_iou(confusion) for column, confusion in tables.items()}
-
-
-def matching(source: Sequence[Path], target: Sequence[Path]) -> Translate:
-    """Moves the mean and the deviation of each channel over all pictures of the source to those of the target."""
-    (mean_s, std_s), (mean_t, std_t) = moments(source), moments(target)
-    return lambda x: (x - mean_s) / std_s * std_t + mean_t
-
-
-def moments(images: Sequence[Path]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [3, 1, 1] of pictures in -1..1."""
-    pixels = torch.cat([to_symmetric(read_image(path)).flatten(1) for path in images], dim=1)
-    return pixels.mean(1).view(3, 1, 1), pixels.std(1).view(3, 1, 1)
 
 
 @torch.no_grad()
