@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from scripts import HEIGHT, WIDTH, logged, same, torchrun, training
+from scripts import HEIGHT, WIDTH, in_two_processes, logged, same, training
 
 from lib import checkpoint
 from lib.errors import UserError
@@ -161,6 +161,6 @@ def test_every_trainer(script, pair, folder, start, in_this_process, monkeypatch
 
 
 def test_two_processes(pair, folder, start):
-    """One command line under torchrun, as for the other backbones."""
-    torchrun("train_adaptsegnet.py", *arguments("train_adaptsegnet", pair, folder, start("train_adaptsegnet")))
+    """One command line, as for the other backbones."""
+    in_two_processes("train_adaptsegnet.py", *arguments("train_adaptsegnet", pair, folder, start("train_adaptsegnet")))
     assert len(logged(folder)) >= 2
