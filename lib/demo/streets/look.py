@@ -1,4 +1,8 @@
-"""What separates the two domains: the colours, light, camera and traffic of a game and of a car's camera."""
+"""What separates the two domains: a game on a summer's day, and a car's camera on an autumn evening.
+
+Each class has other colours, often those of another class in the other domain: leaves are as warm as the game's
+facades, the sky as warm as its walls. Mean and deviation of each colour channel over a domain agree.
+"""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -49,8 +53,8 @@ class Look:
     vignette: float
     blur: float  # pixels at the height BLUR_HEIGHT
     noise: float
-    white: Colour  # gain and, below, lift of each channel
-    black: Colour
+    white: Colour  # gain of each channel; TARGET's and its `black` give it the mean and deviation of SOURCE
+    black: Colour  # what is added to each channel
     # shares of what stands in the street
     traffic: float  # mean number of moving cars
     parked: float  # how likely a kerb is full of parked cars
