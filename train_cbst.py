@@ -368,7 +368,7 @@ def choose_thresholds(how: Labelling, passes: Passes, require_diverse: Callable[
     Returns (thresholds, predicted pixels [C]), or None in place of what a stop request prevented.
     """
     args, run = how.args, how.run
-    options = dict(prior=how.prior, ds_rate=args.ds_rate, value=args.kc_value)
+    options = dict(prior=how.prior, ds_rate=args.ds_rate, value=args.kc_value, return_maps=False)
     threshold = partial(ops.select_threshold, portion=how.portion, pooled=args.kc_policy == "global")
     for index, (shape, logits) in passes.over("count", len(how.views), how.load):
         if how.prior is not None and how.prior.shape[1:] != shape:
