@@ -636,28 +636,43 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const
   const AxisTable<float> rows(maps.logits.size(2), H, maps.align_corners),
       columns(maps.logits.size(3), W, maps.align_corners);
   start(std::min(H, threads * share) * W);
+  const bool in_place = maps.logits.size(2) == H && maps.logits.size(3) == W;
+  // Rows between the same two source rows take turns, a group of columns each, so that the source stays in the L1
+  // cache.
+  const auto end_of_turns = [&](int64_t y, int64_t end) {
+    int64_t next = y + 1;
+    while (!in_place && next < end && rows.i0[next] == rows.i0[y] && rows.i1[next] == rows.i1[y]) ++next;
+    return next;
+  };
   bool finite = true;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, maps.logits.scalar_type(), "pseudo_label", [&] {
     for (int64_t image = 0; image < maps.logits.size(0); ++image) {
       std::vector<Probabilities<scalar_t>> sources;
       for (int64_t k = 0; k < threads; ++k) sources.emplace_back(maps, image, rows, columns, offset);
       for (int64_t block = 0; block < H; block += threads * share) {
-        const int64_t stop = std::min(H, block + threads * share);
+        const int64_t block_end = std::min(H, block + threads * share);
+        const auto visit_group = [&](auto& source, int64_t row, int64_t begin) SEGADAPT_INLINE {
+          const int64_t end = std::min(begin + kGroup, W);
+          source.select_row(row);
+          source.gather(begin, end - begin);
+          for (int64_t j = begin; j < end; j += kLanes) {
+            const int64_t n = std::min(kLanes, W - j);
+            source.select((j - begin) / kLanes, n);
+            visit(source, (row - block) * W + j, n);
+          }
+        };
         at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-          for (int64_t y = block + first * share; y < std::min(stop, block + last * share); ++y) {
-            auto& source = sources[(y - block) / share];
-            source.select_row(y);
-            for (int64_t i = 0; i < W; i += kGroup) {
-              source.gather(i, std::min(kGroup, W - i));
-              for (int64_t j = i; j < std::min(i + kGroup, W); j += kLanes) {
-                const int64_t n = std::min(kLanes, W - j);
-                source.select((j - i) / kLanes, n);
-                visit(source, (y - block) * W + j, n);
+          for (int64_t k = first; k < last; ++k) {
+            const int64_t end = std::min(block_end, block + (k + 1) * share);
+            for (int64_t y = block + k * share, next; y < end; y = next) {
+              next = end_of_turns(y, end);
+              for (int64_t i = 0; i < W; i += kGroup) {
+                for (int64_t row = y; row < next; ++row) visit_group(sources[k], row, i);
               }
             }
           }
         });
-        finish(image, block, stop - block);
+        finish(image, block, block_end - block);
       }
       for (const auto& source : sources) finite &= source.finite();
     }
