@@ -220,7 +220,8 @@ def choose_thresholds(images: predict.Logits, prior: Tensor | None, passes: Pass
 
     Returns (thresholds, predicted pixels [C]), or None in place of what a stop request prevented.
     """
-    options = dict(prior=None if prior is None else prior.to(run.device), ds_rate=ds_rate, value=kc_value)
+    options = dict(prior=None if prior is None else prior.to(run.device), ds_rate=ds_rate, value=kc_value,
+                   return_maps=False)
     threshold = partial(ops.select_threshold, portion=target_portion, pooled=kc_policy == "global")
     for index, (size, logits) in passes.over("count", len(images), images):
         if prior is not None and prior.shape[1:] != size:

@@ -20,8 +20,9 @@ SEGADAPT_SHARED V exp_negative(V x) {
   p = fused(p, r, zero + 1.6666665459e-1f);
   p = fused(p, r, zero + 5.0000001201e-1f);
   p = fused(p, product(r, r), r) + 1.f;
-  const auto exponent = as_bits(shifted) - as_bits(shifter) + 127;
-  return x < zero - 87.f ? zero : product(p, from_bits(exponent << 23));
+  // p 2^n: the low bits of shifted, which are n, go into the exponent. From -87 on it stays one: p > 1 for the lowest
+  // n.
+  return x < zero - 87.f ? zero : from_bits(as_bits(p) + (as_bits(shifted) << 23));
 }
 SEGADAPT_SHARED double exp_negative(double x) {
   using std::exp;

@@ -123,7 +123,7 @@ def check_writable(path: str | Path, advice: str = "Choose another name") -> Non
     probe = path.with_name(f".new-{path.name}")
     try:
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of the run may do the same
     except OSError as error:
         raise UserError(f"cannot write {shorten(path)}: {error.strerror or error}. {advice}") from None
 

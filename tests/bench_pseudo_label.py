@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import ops, visual  # noqa: E402
 
 CLASSES, DS_RATE, PORTION = 19, 4, 0.2
+COUNTING = {"ds_rate": DS_RATE, "return_maps": False}  # as train_cbst.py counts
 
 
 def original_confidences(logits, size):
@@ -108,10 +109,10 @@ def our_data_set(images, size, ids, folder):
     """As train_cbst.py: three passes, nothing kept of an image but its PNG."""
     hist, fine = ops.new_histogram(CLASSES), ops.new_histogram(CLASSES, fine=True)
     for logits in images:
-        ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE)
+        ops.confidence_histogram_(hist, logits, size, **COUNTING)
     bins = ops.select_threshold(hist, PORTION).bins
     for logits in images:
-        ops.refine_histogram_(fine, bins, logits, size, ds_rate=DS_RATE)
+        ops.refine_histogram_(fine, bins, logits, size, **COUNTING)
     thresholds = ops.select_threshold(hist, PORTION, fine=fine).value
     for n, logits in enumerate(images):
         label = ops.pseudo_label(logits, thresholds, size).numpy()
@@ -208,9 +209,9 @@ def main(argv=None):
 
     def compare(name, logits):
         hist.zero_(), fine.zero_()
-        ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE)
+        ops.confidence_histogram_(hist, logits, size, **COUNTING)
         bins = ops.select_threshold(hist, PORTION).bins
-        ops.refine_histogram_(fine, bins, logits, size, ds_rate=DS_RATE)
+        ops.refine_histogram_(fine, bins, logits, size, **COUNTING)
         exact = ops.select_threshold(hist, PORTION, fine=fine).value
         p, lists = original_confidences(logits, size)
         thresholds = original_thresholds([list(x) for x in lists])
@@ -223,8 +224,8 @@ def main(argv=None):
         theirs = [ms(lambda: original_confidences(logits, size), few),
                   ms(lambda: original_thresholds(next(unsorted)), few),
                   ms(lambda: original_labels(p, thresholds), few)]
-        mine = [ms(lambda: ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE)),
-                ms(lambda: ops.refine_histogram_(fine, bins, logits, size, ds_rate=DS_RATE)),
+        mine = [ms(lambda: ops.confidence_histogram_(hist, logits, size, **COUNTING)),
+                ms(lambda: ops.refine_histogram_(fine, bins, logits, size, **COUNTING)),
                 ms(lambda: ops.pseudo_label(logits, exact, size))]
         row(name, "confidences (softmax, maximum, lists or histogram)", theirs[0], mine[0])
         row(name, "thresholds (sort; or a second pass)", theirs[1], mine[1])
@@ -234,7 +235,7 @@ def main(argv=None):
         if device == "cpu":
             del p, lists
             memory = [peak_mib(lambda: original_labels(original_confidences(logits, size)[0], thresholds)),
-                      peak_mib(lambda: (ops.confidence_histogram_(hist, logits, size, ds_rate=DS_RATE),
+                      peak_mib(lambda: (ops.confidence_histogram_(hist, logits, size, **COUNTING),
                                         ops.pseudo_label(logits, exact, size)))]
             histograms = (hist.nbytes + fine.nbytes) >> 20
             print(f"| {name} | peak memory beside the logits and {histograms} MiB of histograms, MiB "

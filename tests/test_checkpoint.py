@@ -361,6 +361,19 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path, monkeypatch):
     assert checkpoint.load(path) == {"a": 2} and [p.name for p in tmp_path.iterdir()] == ["resume.pth"]
 
 
+def test_processes_of_a_run_make_its_folder_together(tmp_path, monkeypatch):
+    """Another process removes the file with which this one tries whether it may write."""
+    touch = files.Path.touch
+
+    def touch_and_lose(path):
+        touch(path)
+        path.unlink()
+
+    monkeypatch.setattr(files.Path, "touch", touch_and_lose)
+    files.make_folder(tmp_path / "run", "")
+    assert (tmp_path / "run").is_dir() and not list((tmp_path / "run").iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_a_message(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .* choose another --snapshot-dir"):

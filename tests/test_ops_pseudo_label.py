@@ -300,8 +300,9 @@ def test_opcheck(compiled):
     bins, thresholds = torch.zeros(4, dtype=torch.int64), torch.ones(4)
     library, size, mirrored = torch.ops.segadapt, (9, 11), x.flip(-1)
     torch.library.opcheck(library.upsample_argmax, (x, size, True))
-    torch.library.opcheck(library.confidence_histogram_, (hist, None, x, mirrored, prior, size, True, False, 2, False))
-    torch.library.opcheck(library.confidence_histogram_, (fine, bins, x, None, None, size, True, True, 1, True))
+    for arguments in ((hist, None, x, mirrored, prior, size, True, False, 2, False, True),
+                      (fine, bins, x, None, None, size, True, True, 1, True, False)):
+        torch.library.opcheck(library.confidence_histogram_, arguments)
     torch.library.opcheck(library.pseudo_label, (x, thresholds, mirrored, prior, size, False, False))
 
 
@@ -355,6 +356,38 @@ def test_few_exponentials_give_the_exact_bits(compiled, classes, seed, options):
     some += [torch.full((classes,), v) for v in (1.0, 0.99, 1 - 2.0 ** -20, 0.5, 1e-30, 1e-38, 1e-45)]
     for t in some:
         assert torch.equal(ops.pseudo_label(x, t, prior=prior, **kwargs), direct(p, t))
+
+
+def counts(x, size, bins=None, **kwargs):
+    """The coarse histogram, or with bins the fine one, with and without the maps."""
+    both = [ops.new_histogram(x.shape[-3], fine=bins is not None) for _ in range(2)]
+    for hist, return_maps in zip(both, (True, False), strict=True):
+        arguments = (hist, x) if bins is None else (hist, bins, x)
+        count = ops.confidence_histogram_ if bins is None else ops.refine_histogram_
+        maps = count(*arguments, size, return_maps=return_maps, **kwargs)
+        assert (maps is None) == (not return_maps)
+    return both
+
+
+@pytest.mark.parametrize("classes,options", [
+    (19, {}), (40, {}), (19, {"flip": True}), (3, {"prior": True}), (7, {"flip": True, "prior": True})], ids=str)
+def test_counting_without_maps_counts_the_same(backend, classes, options):
+    """Without maps, the second pass takes confidences from rough exponentials where they are not in the bin."""
+    x = torch.stack([near_decisions(classes, 1), near_decisions(classes, 2)])
+    kwargs = {"flipped": x.flip(0, -1) + 0.5} if options.get("flip") else {}
+    for size in ((64, 256), (77, 301)):
+        if options.get("prior"):
+            kwargs["prior"] = torch.rand(classes, *size, generator=torch.Generator().manual_seed(9))
+        for value, rate in (("conf", 1), ("conf", 4), ("prob", 3)):
+            settings = {"value": value, "ds_rate": rate, **kwargs}
+            coarse = counts(x, size, **settings)
+            assert torch.equal(*coarse)
+            for portion in (0.01, 0.3, 0.9):  # saturated, in between, low
+                bins = ops.select_threshold(coarse[0], portion).bins
+                fine = counts(x, size, bins, **settings)
+                assert torch.equal(*fine)
+                chosen = coarse[0].gather(1, bins.clamp_min(0)[:, None])[:, 0].where(bins >= 0, 0)
+                assert torch.equal(fine[0].sum(1), chosen)
 
 
 def test_strides_and_tails_give_the_exact_bits(compiled):

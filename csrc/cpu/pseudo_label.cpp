@@ -1,6 +1,7 @@
 // Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps, without ever writing H x W x C values.
 // Images are walked row by row. Label maps take blocks of pixels that stay in the L1 cache, in plain loops that the
-// compiler vectorises; probabilities take strips of 16 pixels, whose maximum, sum and winner stay in registers.
+// compiler vectorises; probabilities read groups of 64 pixels, four lines of the cache from each class, and then work
+// on strips of 16 pixels, whose sum and winner stay in registers.
 #include "pseudo_label.h"
 
 #include <ATen/ATen.h>
@@ -9,12 +10,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "vec.h"
@@ -23,8 +27,9 @@ namespace segadapt {
 namespace {
 
 constexpr int64_t kBlock = 256, kLanes = Vec<float>::lanes;  // pixels
+constexpr int64_t kStrips = 4, kGroup = kStrips * kLanes;    // a class lies in pages of its own: one line from
+constexpr int64_t kAhead = 128;                              // each at a time reads at two thirds of the speed
 constexpr uint32_t kAllLanes = 0xffff;
-constexpr int64_t kAhead = 256;  // pixels to prefetch: the classes of a strip lie in as many pages, one line in each
 
 // The bilinear weights of a whole axis.
 template <typename T>
@@ -36,6 +41,22 @@ struct AxisTable {
     const Axis<T> axis(in, out, align_corners);
     for (int64_t i = 0; i < out; ++i) axis.locate(i, i0[i], i1[i], w0[i], w1[i]);
   }
+};
+
+// Zeros that begin with a line of the cache: a vector that straddles two costs twice.
+template <typename T>
+class Lines {
+ public:
+  explicit Lines(int64_t size = 0) : lines_((size + kLine - 1) / kLine) {}
+  T* data() { return lines_.data()->value; }
+  const T* data() const { return lines_.data()->value; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  struct alignas(64) Line {
+    T value[kLine];
+  };
+  std::vector<Line> lines_;
 };
 
 // The first class of the largest value; false when `check` is set and one is not finite.
@@ -84,7 +105,7 @@ class Upsampler {
         mirror_(mirror),
         in_place_(h == H_ && w == W_) {
     if (!in_place_) {
-      for (auto& buffer : buffer_) buffer.resize(classes * stride_ + kLanes);  // a strip may read past its row
+      for (auto& buffer : buffer_) buffer = Lines<T>(classes * stride_ + kGroup);  // a group may read past its row
     }
   }
 
@@ -100,28 +121,48 @@ class Upsampler {
     fill(1, bottom);
   }
 
-  // Stores columns begin .. begin + n (at most kLanes) of all classes to out [C][kLanes]; the rest of the lanes hold
-  // finite numbers where the map does. Returns the maxima over the classes.
-  vf gather(int64_t begin, int64_t n, float* out) {
-    vf top = splat(-std::numeric_limits<float>::infinity());
-    const auto add = [&](int64_t c, vf v) {
-      store(out + c * kLanes, v);
-      top = vmax(v, top);
-    };
+  // Stores columns begin .. begin + n (at most kGroup) of all classes to out [C][kGroup]; the rest of the lanes hold
+  // finite numbers where the map does. top [kStrips]: the maxima over the classes of value - offset[c].
+  void gather(int64_t begin, int64_t n, const float* offset, float* out, vf* top) {
     if (!in_place_) {
       const float *a = buffer_[0].data() + begin, *b = buffer_[1].data() + begin;
       const vf w0 = splat(rows_.w0[y_]), w1 = splat(rows_.w1[y_]);
-      for (int64_t c = 0; c < classes_; ++c) add(c, fused(load(a + c * stride_), w0, load(b + c * stride_) * w1));
-      return top;
+      collect(
+          [&](int64_t c, int64_t j) { return fused(load(a + c * stride_ + j), w0, load(b + c * stride_ + j) * w1); },
+          offset, out, top);
+      return;
     }
-    vf poison{};  // 0 * v is 0 for finite v alone
-    for (int64_t c = 0; c < classes_; ++c) {
-      const vf v = in_place(c, begin, n);
-      poison = fused(v, vf{}, poison);
-      add(c, v);
+    vf poison[kStrips] = {};  // 0 * v is 0 for finite v alone
+    const int64_t area = H_ * W_;
+    const S* x = x_ + y_ * W_ + (mirror_ ? W_ - 1 - begin : begin);
+    const auto checked = [&](int64_t j, vf v) {
+      poison[j / kLanes] = fused(v, vf{}, poison[j / kLanes]);
+      return v;
+    };
+    if (std::is_same_v<S, float> && n == kGroup && !mirror_) {
+      collect([&](int64_t c, int64_t j) { return checked(j, load(reinterpret_cast<const float*>(x) + c * area + j)); },
+              offset, out, top);
+    } else {
+      collect(
+          [&](int64_t c, int64_t j) {
+            float lane[kLanes] = {};
+            for (int64_t l = 0; l < std::min(kLanes, n - j); ++l) {
+              lane[l] = static_cast<float>(x[c * area + (mirror_ ? -j - l : j + l)]);
+            }
+            return checked(j, load(lane));
+          },
+          offset, out, top);
     }
-    if (mask_ge(poison, vf{}) != kAllLanes) poison_ = std::numeric_limits<T>::quiet_NaN();
-    return top;
+    for (const vf& p : poison) {
+      if (mask_ge(p, vf{}) != kAllLanes) poison_ = std::numeric_limits<T>::quiet_NaN();
+    }
+  }
+
+  // Where class 0 lies kAhead columns after begin, and how far apart the classes are; memory that is at hand where the
+  // map is not read in place. The steps that compute fetch it: reading alone would not keep the memory busy.
+  std::pair<const S*, int64_t> ahead(int64_t begin) const {
+    if (!in_place_ || mirror_) return {x_, 0};
+    return {x_ + y_ * W_ + begin + kAhead, H_ * W_};
   }
 
   // The first class of the largest value for columns begin .. begin + n; false when one is not finite.
@@ -144,15 +185,19 @@ class Upsampler {
   }  // what was read so far, but for argmax in place, which says so itself
 
  private:
-  vf in_place(int64_t c, int64_t begin, int64_t n) const {
-    const S* x = x_ + (c * H_ + y_) * W_ + (mirror_ ? W_ - 1 - begin : begin);
-    __builtin_prefetch(x + (mirror_ ? -kAhead : kAhead));
-    if constexpr (std::is_same_v<S, float>) {
-      if (n == kLanes && !mirror_) return load(x);
+  template <typename Value>
+  void collect(const Value& value, const float* offset, float* out, vf* top) const {
+    vf best[kStrips];
+    for (vf& v : best) v = splat(-std::numeric_limits<float>::infinity());
+    for (int64_t c = 0; c < classes_; ++c) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < kStrips; ++k) {
+        const vf v = value(c, k * kLanes);
+        store(out + c * kGroup + k * kLanes, v);
+        best[k] = vmax(v - offset[c], best[k]);
+      }
     }
-    float lane[kLanes] = {};
-    for (int64_t j = 0; j < n; ++j) lane[j] = static_cast<float>(x[mirror_ ? -j : j]);
-    return load(lane);
+    std::copy_n(best, kStrips, top);
   }
 
   void fill(int slot, int32_t y) {
@@ -190,13 +235,15 @@ class Upsampler {
                     // pixel into the same set of the cache
   const AxisTable<T>&rows_, &columns_;
   bool mirror_, in_place_;
-  std::vector<T> buffer_[2];
+  Lines<T> buffer_[2];
   int32_t held_[2] = {-1, -1};
   T poison_ = 0;
 };
 
+constexpr int64_t kTaskPixels = 1 << 15;
+
 int64_t rows_per_task(int64_t rows, int64_t width) {
-  return std::max<int64_t>(1, std::min<int64_t>(rows, (1 << 16) / std::max<int64_t>(1, width)));
+  return std::max<int64_t>(1, std::min<int64_t>(rows, kTaskPixels / std::max<int64_t>(1, width)));
 }
 
 // ---- label maps -----------------------------------------------------------------------------------------------------
@@ -243,7 +290,7 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
 // Few exponentials. What must come out, to the last bit, are the exact values: e_c = exp_negative(v_c - top), their sum
 // in the classes' order, p_c = e_c * (1 / sum), the mean with the mirrored image's, the product with the prior, the
 // division by t_c. What can be told from less is told from less; a strip where it cannot takes the exact path.
-// u = 2^-24 is the unit of rounding; exp_negative's relative error is below 2^-22.
+// u = 2^-24 is the unit of rounding; exp_negative's relative error is below 2^-22 = 4 u.
 //
 // Confidence (softmax alone, no mirrored image, no prior). The winner has v_c = top, so e_c = 1 and p_c = 1 / sum to
 // the bit: no e_c need be stored, no p_c computed. Another class with v_c - top < -2^-20 has e_c < (1 - 2^-20 + 2^-41)
@@ -251,25 +298,50 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
 // 2^-20 of top, it wins. Otherwise (ties, too) the exact path.
 constexpr float kClose = -0x1p-20f;
 
-// Labels. A rough exponential is within kRough = 2^-17 of e^x (see rough_exp), for every x of weight: where it is not,
-// both are below 2^-125. The rough p_c is then within 2 kRough + 2^-21 + (2 C + 12) u of the exact one: one kRough for
-// e_c, one for the sum, exp_negative's error twice, C u for each of the two sums. The mean with the mirrored image's
-// keeps that bound, as both terms are positive; mean, prior, the factor 1 / t_c and the exact division add 4 u.
-// So |rough / exact - 1| < error for the quotients p_c / t_c that matter: where neither 1 / t_c nor a quotient leaves
-// the range of normal numbers, which is why thresholds below 2^-100 and quotients above 2^100 take the exact path.
-// With best and second the two largest rough quotients:
+// A rough exponential is within kRough = 2^-17 of e^x (see rough_exp), for every x of weight: where it is not, both are
+// below 2^-125. The rough p_c is then within 2 kRough + 2^-21 + (2 C + 12) u of the exact one: one kRough for e_c, one
+// for the sum, exp_negative's error twice, C u for each of the two sums. The mean with the mirrored image's keeps that
+// bound, as both terms are positive; mean, prior, the factor 1 / t_c and the exact division add 4 u.
+//
+// Confidences inside one bin (the second pass). Two floats whose quotient is within error of 1 are less than 2^24 error
+// units apart: only a rough confidence in the bin, or so near to it, can have its exact value there.
+//
+// Labels with a mirrored image or a prior.
+// |rough / exact - 1| < error for the quotients p_c / t_c that matter: where neither 1 / t_c nor a quotient leaves the
+// range of normal numbers, which is why thresholds outside 2^-100 .. 2^100 and quotients above 2^100 take the exact
+// path. With best and second the two largest rough quotients:
 //   best >= 1 + 2 error           the exact maximum is at least 1;
 //   best <= 1 - 2 error           it is below 1: the label is 255, whoever wins;
 //   second <= best (1 - 4 error)  the winner is the exact winner, alone.
 // (Twice the bounds, which covers the rounding of the comparisons themselves.)
-constexpr float kRough = 0x1p-17f, kSmallestThreshold = 0x1p-100f, kLargestQuotient = 0x1p100f;
+constexpr float kRough = 0x1p-17f, kSmallestThreshold = 0x1p-100f, kLargestThreshold = 0x1p100f,
+                kLargestQuotient = 0x1p100f;
+
+// Labels of a softmax alone. The largest quotient belongs to the largest v_c - ln t_c, and is e^that / sum e^v_c. With
+// l_c = ln t_c rounded, B = max_c (v_c - l_c) and T = sum_c e^(v_c - B), it is 1 / T: at least 1 where T <= 1. Relative
+// errors, with M = max |l_c|:
+//   B for the true maximum                  (|B| + M) u;
+//   T's arguments, v_c - B and their product with log2(e): |v_c - B| 2.25 u of a term. Where v_c < B that is less than
+//   u of T for each class, elsewhere v_c - B <= M: (C + 2.25 M) u;
+//   T's exponentials 2.7e-6 < 46 u (without the arguments' error), its sum C u;
+//   the exact quotient: v_c - top M u (where the quotient is near 1, p_c >= t_c: v_c - top >= -M), e_c 4 u, its sum C
+//   u, reciprocal, product and division 3 u.
+// Together less than (|B| + 5 M + 3 C + 56) u. For |B| <= kLargestBest = 64 and with twice that as margin:
+//   T <= 1 - margin  the exact maximum is at least 1;
+//   T >= 1 + margin  it is below 1: the label is 255.
+// A class whose exact quotient may equal the winner's has v_c - B >= l_c - 2 margin: one alone is the winner.
+constexpr float kLargestBest = 64.f;
+
+inline float label_margin(int64_t classes, float largest_log) {
+  return 2 * (kLargestBest + 5 * largest_log + static_cast<float>(3 * classes + 56)) * 0x1p-24f;
+}
 
 inline float rough_error(int64_t classes) {
   return 2 * kRough + 0x1p-21f + static_cast<float>(2 * classes + 16) * 0x1p-24f;
 }
 
-// e^x for x <= 0 through 2^z = 2^floor(z) 2^f with a polynomial of degree four for f in [0, 1], whose relative error is
-// 2.7e-6 with rounding. Rounding z adds at most 2^-18 ln 2 = 2.7e-6 down to z = -128, the rounded log2(e) 1.2e-6:
+// e^x for x <= 70 through 2^z = 2^floor(z) 2^f with a polynomial of degree four for f in [0, 1], whose relative error
+// is 2.7e-6 with rounding. Rounding z adds at most 2^-18 ln 2 = 2.7e-6 down to z = -128, the rounded log2(e) 1.2e-6:
 // together 6.6e-6 < 2^-17. Below z = -126 the result is at most 2^-126, as e^x is.
 inline vf rough_exp(vf x) {
   const vf z = x * 1.44269504088896341f;
@@ -302,31 +374,96 @@ struct Best {
   }
 };
 
-struct Strip {  // 16 pixels: the probabilities of class c are load(value + c * kLanes) * scale
+// What is found in the classes of 16 pixels: the sum of exp(value - top), the tag of the last class for which value -
+// top is at least near, and the number of these classes.
+struct Scan {
+  vf sum{};
+  vi tag{}, count{};
+
+  uint32_t several() const { return mask_ge(__builtin_convertvector(count, vf), splat(2.f)); }
+};
+
+// near and tags: of each class. ahead: of class 0, and how many bytes the classes are apart: what to prefetch. (Not
+// inlined: among all else of a strip the compiler would run out of registers in this loop, where the time goes.)
+template <vf (*exp)(vf)>
+__attribute__((noinline)) Scan scan_classes(const float* value, int64_t classes, vf top, const float* near,
+                                            const int32_t* tags, const char* ahead, int64_t stride) {
+  Scan found;
+  for (int64_t c = 0; c < classes; ++c, ahead += stride) {
+    __builtin_prefetch(ahead);
+    const vf x = load(value + c * kGroup) - top;
+    const vi is_near = x >= splat(near[c]);
+    found.tag = is_near ? vi{} + tags[c] : found.tag;
+    found.count -= is_near;  // true is -1
+    found.sum += exp(x);
+  }
+  return found;
+}
+
+struct Strip {  // 16 pixels: the probabilities of class c are load(value + c * kGroup) * scale
   const float* value;
   vf scale;
 
-  vf operator()(int64_t c) const { return load(value + c * kLanes) * scale; }
+  vf operator()(int64_t c) const { return load(value + c * kGroup) * scale; }
 };
 
-// The class probabilities of one image, a strip at a time: softmax of the upsampled logits (or the given values), its
-// mean with the mirrored image's, times the prior. Every pass computes them here, so every pass sees the same bits.
-// gather() reads a strip; then confidence(), if plain(), or best_quotients() may tell enough; exact() always does.
+// What labels are chosen by.
+struct Thresholds {
+  const float* t;
+  std::vector<float> inverse, log, near;  // 1 / t, ln t and ln t - 2 margin
+  float margin = 0.f;                     // label_margin
+  float certain, possible, alone;         // bounds of best_quotients; see rough_error
+  bool rough;                             // whether these are of use for the thresholds
+
+  Thresholds(const at::Tensor& tensor, bool probabilities)
+      : t(tensor.const_data_ptr<float>()), inverse(tensor.numel()), log(tensor.numel(), 0.f), near(tensor.numel()) {
+    const int64_t C = tensor.numel();
+    TORCH_CHECK_VALUE(std::all_of(t, t + C, [](float x) { return x > 0.f; }), "thresholds must be positive numbers");
+    std::transform(t, t + C, inverse.begin(), [](float x) { return 1.f / x; });
+    const float error = rough_error(C);
+    certain = 1.f + 2 * error, possible = 1.f - 2 * error, alone = 1.f - 4 * error;
+    rough = !probabilities &&
+            std::all_of(t, t + C, [](float x) { return x >= kSmallestThreshold && x <= kLargestThreshold; });
+    if (!rough) return;
+    std::transform(t, t + C, log.begin(), [](float x) { return static_cast<float>(std::log(static_cast<double>(x))); });
+    float largest = 0.f;
+    for (const float l : log) largest = std::max(largest, std::abs(l));
+    margin = label_margin(C, largest);
+    std::transform(log.begin(), log.end(), near.begin(), [&](float l) { return l - 2 * margin; });
+  }
+
+  // Bits of the pixels that are neither certainly labelled nor certainly not.
+  uint32_t unclear(const Best& best) const {
+    const uint32_t maybe = mask_ge(best.value, splat(possible));
+    const uint32_t yes = mask_ge(best.value, splat(certain)) & ~mask_ge(best.value, splat(kLargestQuotient)) &
+                         ~mask_ge(best.second, best.value * alone);
+    return maybe & ~yes;
+  }
+};
+
+// The class probabilities of one image: softmax of the upsampled logits (or the given values), its mean with the
+// mirrored image's, times the prior. Every pass computes them here, so every pass sees the same bits. gather() reads a
+// group of pixels, select() one of its strips, for which confidence(), label() and best_quotients() may tell enough;
+// exact() always does.
 template <typename S>
 class Probabilities {
  public:
-  Probabilities(const Maps& maps, int64_t image, const AxisTable<float>& rows, const AxisTable<float>& columns)
+  // offset: of each class, taken from its values before the largest is found; for label() ln t, otherwise 0.
+  Probabilities(const Maps& maps, int64_t image, const AxisTable<float>& rows, const AxisTable<float>& columns,
+                const float* offset)
       : C_(maps.logits.size(1)),
         W_(columns.i0.size()),
         area_(rows.i0.size() * W_),
         softmax_(!maps.probabilities),
-        prior_(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr) {
-    const int64_t h = maps.logits.size(2), w = maps.logits.size(3), offset = image * C_ * h * w;
-    add_source(maps.logits, offset, h, w, rows, columns, false);
-    if (maps.flipped) add_source(*maps.flipped, offset, h, w, rows, columns, true);
+        offset_(offset),
+        prior_(maps.prior ? maps.prior->const_data_ptr<float>() : nullptr),
+        close_(C_, kClose),
+        ones_(C_, 1.f) {
+    const int64_t h = maps.logits.size(2), w = maps.logits.size(3), start = image * C_ * h * w;
+    add_source(maps.logits, start, h, w, rows, columns, false);
+    if (maps.flipped) add_source(*maps.flipped, start, h, w, rows, columns, true);
   }
 
-  bool softmax() const { return softmax_; }
   bool plain() const { return softmax_ && sources_.size() == 1 && !prior_; }
 
   void select_row(int64_t y) {
@@ -335,52 +472,69 @@ class Probabilities {
   }
 
   void gather(int64_t begin, int64_t n) {
-    begin_ = begin, n_ = n;
-    for (auto& source : sources_) source.top = source.map.gather(begin, n, source.value.data());
+    begin_ = begin;
+    for (auto& source : sources_) source.map.gather(begin, n, offset_, source.value.data(), source.top);
   }
 
+  void select(int64_t strip, int64_t n) { strip_ = strip, n_ = n; }
+
   // Of plain() strips: the confidence of each pixel and its class. Bits of the pixels for which that is not certain.
-  uint32_t confidence(vf& confidence, vi& index) const {
-    const Source& source = sources_[0];
-    vf sum{};
-    vi close{};
-    for (int64_t c = 0; c < C_; ++c) {
-      const vf x = load(source.value.data() + c * kLanes) - source.top;
-      const vi near_top = x >= splat(kClose);
-      index = near_top ? vi{} + static_cast<int32_t>(c) : index;
-      close -= near_top;  // true is -1
-      sum += exp_negative(x);
+  uint32_t confidence(const std::vector<int32_t>& classes, vf& confidence, vi& index) const {
+    const Scan found = scan<exp_negative<vf>>(close_.data(), classes.data());
+    confidence = 1.f / found.sum, index = found.tag;
+    return found.several();
+  }
+
+  // Of softmaxes: the class of each pixel and, outside of that class's bin, its rough confidence. Bits of the pixels
+  // for which that is not certain, or which may be in the bin. bins: the bits of the bin's first float, the class
+  // added.
+  uint32_t confidence_outside(const std::vector<int32_t>& bins, vf& confidence, vi& index) {
+    constexpr int32_t size = 1 << kBinBits;
+    vi bin{};
+    uint32_t unclear = 0;
+    if (plain()) {
+      const Scan found = scan<rough_exp>(close_.data(), bins.data());
+      confidence = 1.f / found.sum, bin = found.tag;
+      unclear = found.several();
+    } else {
+      const Best best = best_quotients(ones_.data());
+      confidence = best.value;
+      for (int64_t l = 0; l < kLanes; ++l) bin[l] = bins[best.index[l]];
+      unclear = mask_ge(best.second, best.value * (1.f - 4 * rough_error(C_))) |
+                ~mask_ge(best.value, splat(kSmallestThreshold));
     }
-    confidence = 1.f / sum;
-    return mask_ge(__builtin_convertvector(close, vf), splat(2.f));
+    index = bin & (size - 1);
+    const int32_t units = 2 + static_cast<int32_t>(0x1p24f * rough_error(C_));
+    const vi distance = as_bits(confidence) - (bin & -size);
+    const vi inside = (distance >= -units) & (distance < size + units);
+    return unclear | mask_ge(__builtin_convertvector(-inside, vf), splat(1.f));
+  }
+
+  // Of plain() strips: bits of the pixels whose label is not certain.
+  uint32_t label(const std::vector<int32_t>& classes, const Thresholds& thresholds, vi& label) const {
+    const Scan found = scan<rough_exp>(thresholds.near.data(), classes.data());
+    const vf best = sources_[0].top[strip_];
+    label = found.sum <= splat(1.f) ? found.tag : vi{} + 255;
+    const uint32_t none = mask_ge(found.sum, splat(1.f + thresholds.margin));
+    const uint32_t one = mask_ge(splat(1.f - thresholds.margin), found.sum) & ~found.several();
+    return ~(none | one) | ~mask_ge(splat(kLargestBest), vmax(best, -best));
   }
 
   // The largest quotients p / t, to within rough_error; inverse: 1 / t. Of softmaxes only.
   Best best_quotients(const float* inverse) {
-    Best best;
-    if (plain()) {
-      const Source& source = sources_[0];
-      vf sum{};
-      for (int64_t c = 0; c < C_; ++c) {
-        const vf e = rough_exp(load(source.value.data() + c * kLanes) - source.top);
-        sum += e;
-        best.add(c, e * inverse[c]);
-      }
-      const vf scale = 1.f / sum;
-      best.value *= scale, best.second *= scale;
-      return best;
-    }
     vf scale[2] = {};
     for (size_t k = 0; k < sources_.size(); ++k) {
       Source& source = sources_[k];
+      const vf top = largest(source);
       vf sum{};
       for (int64_t c = 0; c < C_; ++c) {
-        const vf e = rough_exp(load(source.value.data() + c * kLanes) - source.top);
+        const vf e = rough_exp(load(values(source) + c * kGroup) - top);
         store(source.rough.data() + c * kLanes, e);
         sum += e;
       }
       scale[k] = 1.f / (sum * static_cast<float>(sources_.size()));
     }
+    Best best;
     for (int64_t c = 0; c < C_; ++c) {
       vf p = load(sources_[0].rough.data() + c * kLanes) * scale[0];
       if (sources_.size() == 2) p = fused(load(sources_[1].rough.data() + c * kLanes), scale[1], p);
@@ -389,7 +543,7 @@ class Probabilities {
     return best;
   }
 
-  // Overwrites what gather() has read.
+  // Overwrites what gather() has read of the strip.
   Strip exact() {
     const Strip p = exact_softmax(sources_[0]);
     if (sources_.size() == 1 && !prior_) return p;
@@ -397,9 +551,9 @@ class Probabilities {
     for (int64_t c = 0; c < C_; ++c) {
       vf v = p(c);
       if (sources_.size() == 2) v = (v + q(c)) * 0.5f;
-      store(sources_[0].value.data() + c * kLanes, with_prior(c, v));
+      store(values(sources_[0]) + c * kGroup, with_prior(c, v));
     }
-    return {sources_[0].value.data(), splat(1.f)};
+    return {values(sources_[0]), splat(1.f)};
   }
 
   bool finite() const {  // everything read so far
@@ -408,25 +562,45 @@ class Probabilities {
   }
 
  private:
-  struct Source {  // the image or the mirrored one: its map, the present strip and what it takes to compute it
+  struct Source {  // the image or the mirrored one: its map, the present group and what it takes to compute a strip
     Upsampler<S, float> map;
-    std::vector<float> value, rough;
-    vf top;
+    Lines<float> value, rough;
+    vf top[kStrips];
   };
 
-  void add_source(const at::Tensor& x, int64_t offset, int64_t h, int64_t w, const AxisTable<float>& rows,
+  void add_source(const at::Tensor& x, int64_t start, int64_t h, int64_t w, const AxisTable<float>& rows,
                   const AxisTable<float>& columns, bool mirror) {
-    const std::vector<float> strip(C_ * kLanes);
-    sources_.push_back({{x.const_data_ptr<S>() + offset, C_, h, w, rows, columns, mirror}, strip, strip, vf{}});
+    sources_.push_back({{x.const_data_ptr<S>() + start, C_, h, w, rows, columns, mirror},
+                        Lines<float>(C_ * kGroup),
+                        Lines<float>(C_ * kLanes),
+                        {}});
+  }
+
+  // The selected strip of a softmax alone: the sum of exp(value - top), and the last class that reaches near.
+  template <vf (*exp)(vf)>
+  Scan scan(const float* near, const int32_t* tags) const {
+    const auto [ahead, stride] = sources_[0].map.ahead(begin_ + strip_ * kLanes);
+    return scan_classes<exp>(values(sources_[0]), C_, sources_[0].top[strip_], near, tags,
+                             reinterpret_cast<const char*>(ahead), stride * int64_t(sizeof(S)));
+  }
+
+  float* values(Source& source) const { return source.value.data() + strip_ * kLanes; }
+  const float* values(const Source& source) const { return source.value.data() + strip_ * kLanes; }
+
+  vf largest(const Source& source) const {
+    vf top = load(values(source));
+    for (int64_t c = 1; c < C_; ++c) top = vmax(load(values(source) + c * kGroup), top);
+    return top;
   }
 
   Strip exact_softmax(Source& source) const {
-    float* value = source.value.data();
+    float* value = values(source);
     if (!softmax_) return {value, splat(1.f)};
+    const vf top = largest(source);
     vf sum{};
     for (int64_t c = 0; c < C_; ++c) {
-      const vf e = exp_negative(load(value + c * kLanes) - source.top);
-      store(value + c * kLanes, e);
+      const vf e = exp_negative(load(value + c * kGroup) - top);
+      store(value + c * kGroup, e);
       sum += e;
     }
     return {value, 1.f / sum};
@@ -435,51 +609,91 @@ class Probabilities {
   vf with_prior(int64_t c, vf p) {
     if (!prior_) return p;
     float lane[kLanes] = {};
-    std::copy_n(prior_ + c * area_ + y_ * W_ + begin_, n_, lane);
+    std::copy_n(prior_ + c * area_ + y_ * W_ + begin_ + strip_ * kLanes, n_, lane);
     const vf factor = load(lane);
     if (mask_ge(factor * 0.f, vf{}) != kAllLanes) poison_ = std::numeric_limits<float>::quiet_NaN();
     return p * factor;
   }
 
-  int64_t C_, W_, area_, y_ = 0, begin_ = 0, n_ = 0;
+  int64_t C_, W_, area_, y_ = 0, begin_ = 0, strip_ = 0, n_ = 0;
   bool softmax_;
   float poison_ = 0.f;
-  const float* prior_;
+  const float *offset_, *prior_;
+  std::vector<float> close_, ones_;  // of each class
   std::vector<Source> sources_;
 };
 
-// Calls visit(probabilities with a strip gathered, offset of its first pixel in [N, H, W], number of pixels) for all
-// strips of all images.
-template <typename Visit>
-void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const Visit& visit) {
-  const int64_t H = size[0], W = size[1], all = maps.logits.size(0) * H;
+#define SEGADAPT_INLINE __attribute__((always_inline))  // a call for each strip, its registers saved, costs a tenth
+
+// For each image and block of its rows, one after the other: visit(probabilities with a strip selected, offset of its
+// first pixel in the block, number of pixels) for all strips, in several threads where parallel; then finish(image,
+// first row, number of rows). offset: see Probabilities. start: called before all of it with the pixels of a block.
+template <typename Start, typename Visit, typename Finish>
+void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const float* offset, const Start& start,
+                    const Visit& visit, const Finish& finish) {
+  const int64_t H = size[0], W = size[1], threads = parallel ? at::get_num_threads() : 1;
+  const int64_t share = std::min((H + threads - 1) / threads, std::max<int64_t>(1, kTaskPixels / W));  // rows
   const AxisTable<float> rows(maps.logits.size(2), H, maps.align_corners),
       columns(maps.logits.size(3), W, maps.align_corners);
-  std::atomic<bool> finite{true};
+  start(std::min(H, threads * share) * W);
+  const bool in_place = maps.logits.size(2) == H && maps.logits.size(3) == W;
+  // Rows between the same two source rows take turns, a group of columns each, so that the source stays in the L1
+  // cache.
+  const auto end_of_turns = [&](int64_t y, int64_t end) {
+    int64_t next = y + 1;
+    while (!in_place && next < end && rows.i0[next] == rows.i0[y] && rows.i1[next] == rows.i1[y]) ++next;
+    return next;
+  };
+  bool finite = true;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, maps.logits.scalar_type(), "pseudo_label", [&] {
-    at::parallel_for(0, all, parallel ? rows_per_task(all, W) : all, [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t image = begin / H, stop = std::min(end, (image + 1) * H);
-        Probabilities<scalar_t> source(maps, image, rows, columns);
-        for (; begin < stop; ++begin) {
-          source.select_row(begin - image * H);
-          for (int64_t i = 0; i < W; i += kLanes) {
-            const int64_t n = std::min(kLanes, W - i);
-            source.gather(i, n);
-            visit(source, begin * W + i, n);
+    for (int64_t image = 0; image < maps.logits.size(0); ++image) {
+      std::vector<Probabilities<scalar_t>> sources;
+      for (int64_t k = 0; k < threads; ++k) sources.emplace_back(maps, image, rows, columns, offset);
+      for (int64_t block = 0; block < H; block += threads * share) {
+        const int64_t block_end = std::min(H, block + threads * share);
+        const auto visit_group = [&](auto& source, int64_t row, int64_t begin) SEGADAPT_INLINE {
+          const int64_t end = std::min(begin + kGroup, W);
+          source.select_row(row);
+          source.gather(begin, end - begin);
+          for (int64_t j = begin; j < end; j += kLanes) {
+            const int64_t n = std::min(kLanes, W - j);
+            source.select((j - begin) / kLanes, n);
+            visit(source, (row - block) * W + j, n);
           }
-        }
-        if (!source.finite()) finite = false;
+        };
+        at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+          for (int64_t k = first; k < last; ++k) {
+            const int64_t end = std::min(block_end, block + (k + 1) * share);
+            for (int64_t y = block + k * share, next; y < end; y = next) {
+              next = end_of_turns(y, end);
+              for (int64_t i = 0; i < W; i += kGroup) {
+                for (int64_t row = y; row < next; ++row) visit_group(sources[k], row, i);
+              }
+            }
+          }
+        });
+        finish(image, block, block_end - block);
       }
-    });
+      for (const auto& source : sources) finite &= source.finite();
+    }
   });
   TORCH_CHECK_VALUE(finite, "logits (or the prior) hold NaN or infinite values");
 }
 
-void store_labels(uint8_t* out, vi index, int64_t n) {
+// Stores n of 16 values; a call of memcpy for each strip would cost as much as a class does.
+template <typename V, typename T>
+inline void store_strip(T* out, const V& values, int64_t n) {
+  static_assert(sizeof(V) == kLanes * sizeof(T));
+  if (n == kLanes) {
+    std::memcpy(out, &values, sizeof values);
+  } else {
+    std::memcpy(out, &values, n * sizeof(T));
+  }
+}
+
+inline void store_labels(uint8_t* out, vi index, int64_t n) {
   using bytes = uint8_t __attribute__((vector_size(kLanes)));
-  const bytes narrow = __builtin_convertvector(index, bytes);
-  std::memcpy(out, &narrow, n);
+  store_strip(out, __builtin_convertvector(index, bytes), n);
 }
 
 // ---- thresholds -----------------------------------------------------------------------------------------------------
@@ -500,46 +714,51 @@ Counter counter(at::Tensor& hist, const std::optional<at::Tensor>& bins) {
   return {hist.mutable_data_ptr<int64_t>(), hist.size(1), bins ? bins->const_data_ptr<int64_t>() : nullptr};
 }
 
-// Every rate-th pixel of each class in raster order. Neighbours mostly have one class, so work goes by runs of equal
-// labels.
-void count_image(const uint8_t* label, const float* confidence, int64_t pixels, int64_t classes, int64_t rate,
-                 const Counter& count, bool sample) {
-  std::vector<int64_t> skip(classes, 0);  // pixels of the class to pass over before the next sample
-  for (int64_t i = 0, stop; i < pixels; i = stop) {
-    const uint8_t c = label[i];
-    TORCH_CHECK_VALUE(c < classes, "label ", static_cast<int>(c), " among ", classes, " classes");
-    const uint64_t eight = c * 0x0101010101010101u;
-    uint64_t next_eight;
-    for (stop = i + 1; stop + 8 <= pixels; stop += 8) {
-      std::memcpy(&next_eight, label + stop, 8);
-      if (next_eight != eight) break;
+// Every rate-th pixel of each class of an image in raster order, a piece after the other. Neighbours mostly have one
+// class, so work goes by runs of equal labels.
+class Sampler {
+ public:
+  Sampler(const Counter& count, int64_t classes, int64_t rate, bool sample)
+      : count_(count), rate_(rate), sample_(sample), skip_(classes) {}
+
+  void start_image() { std::fill(skip_.begin(), skip_.end(), 0); }
+
+  void add(const uint8_t* label, const float* confidence, int64_t pixels) {
+    for (int64_t i = 0, stop; i < pixels; i = stop) {
+      const uint8_t c = label[i];
+      const uint64_t eight = c * 0x0101010101010101u;
+      uint64_t differs = 0;
+      for (stop = i + 1; stop + 8 <= pixels; stop += 8) {
+        std::memcpy(&differs, label + stop, 8);
+        differs ^= eight;
+        if (differs) break;
+      }
+      if (std::endian::native == std::endian::little && differs) {
+        stop += std::countr_zero(differs) / 8;
+      } else {
+        while (stop < pixels && label[stop] == c) ++stop;
+      }
+      if (!count_.bins) count_.hist[c * count_.width + kPixels] += stop - i;
+      if (!sample_) continue;
+      int64_t next = i + skip_[c];
+      for (; next < stop; next += rate_) count_(c, confidence[next]);
+      skip_[c] = next - stop;
     }
-    while (stop < pixels && label[stop] == c) ++stop;
-    if (!count.bins) count.hist[c * count.width + kPixels] += stop - i;
-    if (!sample) continue;
-    int64_t next = i + skip[c];
-    for (; next < stop; next += rate) count(c, confidence[next]);
-    skip[c] = next - stop;
   }
-}
 
-void count_images(const at::Tensor& label, const at::Tensor& confidence, int64_t classes, int64_t rate,
-                  const Counter& count, bool sample) {
-  const int64_t area = label.size(1) * label.size(2);
-  for (int64_t i = 0; i < label.size(0); ++i) {
-    count_image(label.const_data_ptr<uint8_t>() + i * area, confidence.const_data_ptr<float>() + i * area, area,
-                classes, rate, count, sample);
+  // All pixels of each class whose confidence no bin holds.
+  void add_invalid(const uint8_t* label, const float* confidence, int64_t pixels) const {
+    for (int64_t i = 0; i < pixels; ++i) {
+      if (!is_countable(confidence[i])) ++count_.hist[label[i] * count_.width + kInvalid];
+    }
   }
-}
 
-// All pixels of each class whose confidence no bin holds.
-void count_invalid(const at::Tensor& label, const at::Tensor& confidence, const Counter& count) {
-  const uint8_t* y = label.const_data_ptr<uint8_t>();
-  const float* p = confidence.const_data_ptr<float>();
-  for (int64_t i = 0; i < label.numel(); ++i) {
-    if (!is_countable(p[i])) ++count.hist[y[i] * count.width + kInvalid];
-  }
-}
+ private:
+  const Counter& count_;
+  int64_t rate_;
+  bool sample_;
+  std::vector<int64_t> skip_;  // pixels of the class to pass over before the next sample
+};
 
 Best largest(const Strip& p, int64_t classes) {
   Best best{p(0)};
@@ -551,66 +770,62 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
                                                          const at::Tensor& logits,
                                                          const std::optional<at::Tensor>& flipped,
                                                          const std::optional<at::Tensor>& prior, at::IntArrayRef size,
-                                                         bool align_corners, bool probabilities, int64_t rate,
-                                                         bool own) {
+                                                         bool align_corners, bool probabilities, int64_t rate, bool own,
+                                                         bool return_maps) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
-  const int64_t C = logits.size(1), area = size[0] * size[1];
+  const int64_t C = logits.size(1), N = logits.size(0), H = size[0], W = size[1];
   check_histogram(hist, bins, logits, rate);
   const Counter count = counter(hist, bins);
-  at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
-  at::Tensor confidence = at::empty(label.sizes(), logits.options().dtype(at::kFloat));
-  uint8_t* y = label.mutable_data_ptr<uint8_t>();
-  float* top = confidence.mutable_data_ptr<float>();
+  const bool rough = bins && !own && !return_maps && !probabilities;
+  std::vector<int32_t> tags(C);
+  for (int64_t c = 0; c < C; ++c) tags[c] = int32_t(c) + (rough ? int32_t(count.bins[c]) * (1 << kBinBits) : 0);
+  // What is not returned need not be kept beyond a block, and stays in the cache.
+  at::Tensor label, confidence;
+  uint8_t* y = nullptr;
+  float* top = nullptr;
+  const auto make_maps = [&](at::IntArrayRef shape) {
+    label = at::empty(shape, logits.options().dtype(at::kByte));
+    confidence = at::empty(shape, logits.options().dtype(at::kFloat));
+    y = label.mutable_data_ptr<uint8_t>(), top = confidence.mutable_data_ptr<float>();
+  };
+  Sampler sampler(count, C, rate, !own);
   std::atomic<bool> countable{true};
-  // Counters are shared: a class's own probabilities are counted by one thread, everything else after the parallel
-  // part.
-  for_each_strip(maps, size, !own, [&](auto& source, int64_t first, int64_t n) {
-    vf best{};
-    vi index{};
-    const uint32_t lanes = kAllLanes >> (kLanes - n);
-    if (own || !source.plain() || (source.confidence(best, index) & lanes)) {
-      const Strip p = source.exact();
-      const Best found = largest(p, C);
-      best = found.value, index = found.index;
-      if (mask_ge(best, splat(kCountableEnd)) & lanes) countable = false;
-      for (int64_t j = own ? (rate - first % area % rate) % rate : n; j < n; j += rate) {
-        for (int64_t c = 0; c < C; ++c) count(c, p(c)[j]);
-      }
-    }
-    store_labels(y + first, index, n);
-    std::memcpy(top + first, &best, n * sizeof(float));
-  });
-  if (!bins && !countable) count_invalid(label, confidence, count);
-  count_images(label, confidence, C, rate, count, !own);
+  int64_t before = 0;  // pixels of the image, in the blocks so far
+  const std::vector<float> zeros(C, 0.f);
+  // Counters are shared: a class's own probabilities are counted by one thread, everything else after a block.
+  for_each_strip(
+      maps, size, !own, zeros.data(), [&](int64_t block) { return_maps ? make_maps({N, H, W}) : make_maps({block}); },
+      [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
+        vf best{};
+        vi index{};
+        const uint32_t lanes = kAllLanes >> (kLanes - n);
+        const bool certain = rough ? !(source.confidence_outside(tags, best, index) & lanes)
+                                   : !own && source.plain() && !(source.confidence(tags, best, index) & lanes);
+        if (!certain) {
+          const Strip p = source.exact();
+          const Best found = largest(p, C);
+          best = found.value, index = found.index;
+          if (mask_ge(best, splat(kCountableEnd)) & lanes) countable = false;
+          for (int64_t j = own ? (rate - (before + first) % rate) % rate : n; j < n; j += rate) {
+            for (int64_t c = 0; c < C; ++c) count(c, p(c)[j]);
+          }
+        }
+        store_labels(y + first, index, n);
+        store_strip(top + first, best, n);
+      },
+      [&](int64_t image, int64_t row, int64_t rows) {
+        if (row == 0) sampler.start_image();
+        before = row + rows < H ? (row + rows) * W : 0;
+        if (!bins && !countable) sampler.add_invalid(y, top, rows * W);
+        sampler.add(y, top, rows * W);
+        countable = true;
+        if (return_maps) y += rows * W, top += rows * W;
+      });
+  if (!return_maps) make_maps({0});
   return {label, confidence};
 }
 
 // ---- labels ---------------------------------------------------------------------------------------------------------
-
-struct Thresholds {
-  const float* t;
-  std::vector<float> inverse;
-  float certain, possible, alone;  // bounds of best_quotients; see rough_error
-  bool rough;                      // whether it is of use for these thresholds
-
-  Thresholds(const at::Tensor& tensor, bool probabilities)
-      : t(tensor.const_data_ptr<float>()), inverse(tensor.numel()) {
-    const int64_t C = tensor.numel();
-    TORCH_CHECK_VALUE(std::all_of(t, t + C, [](float x) { return x > 0.f; }), "thresholds must be positive numbers");
-    std::transform(t, t + C, inverse.begin(), [](float x) { return 1.f / x; });
-    const float error = rough_error(C);
-    certain = 1.f + 2 * error, possible = 1.f - 2 * error, alone = 1.f - 4 * error;
-    rough = !probabilities && std::all_of(t, t + C, [](float x) { return x >= kSmallestThreshold; });
-  }
-
-  // Bits of the pixels that are neither certainly labelled nor certainly not.
-  uint32_t unclear(const Best& best) const {
-    const uint32_t maybe = mask_ge(best.value, splat(possible));
-    const uint32_t yes = mask_ge(best.value, splat(certain)) & ~mask_ge(best.value, splat(kLargestQuotient)) &
-                         ~mask_ge(best.second, best.value * alone);
-    return maybe & ~yes;
-  }
-};
 
 // The first class of the largest quotient, by IEEE divisions; 255 where that is below 1.
 uint8_t exact_label(const Strip& p, const float* t, int64_t classes, int64_t j) {
@@ -654,18 +869,26 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
   check_thresholds(thresholds_, logits);
   const at::Tensor values = thresholds_.contiguous();
   const Thresholds thresholds(values, probabilities);
+  std::vector<int32_t> classes(C);
+  std::iota(classes.begin(), classes.end(), 0);
   at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
   uint8_t* y = label.mutable_data_ptr<uint8_t>();
-  for_each_strip(maps, size, true, [&](auto& source, int64_t first, int64_t n) {
-    if (thresholds.rough) {
-      const Best best = source.best_quotients(thresholds.inverse.data());
-      if (!(thresholds.unclear(best) & kAllLanes >> (kLanes - n))) {
-        store_labels(y + first, best.value >= splat(1.f) ? best.index : vi{} + 255, n);
-        return;
-      }
-    }
-    exact_labels(source.exact(), thresholds, C, n, y + first);
-  });
+  for_each_strip(
+      maps, size, true, thresholds.log.data(), [](int64_t) {},
+      [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
+        const uint32_t lanes = kAllLanes >> (kLanes - n);
+        if (thresholds.rough && source.plain()) {
+          vi found;
+          if (!(source.label(classes, thresholds, found) & lanes)) return store_labels(y + first, found, n);
+        } else if (thresholds.rough) {
+          const Best best = source.best_quotients(thresholds.inverse.data());
+          if (!(thresholds.unclear(best) & lanes)) {
+            return store_labels(y + first, best.value >= splat(1.f) ? best.index : vi{} + 255, n);
+          }
+        }
+        exact_labels(source.exact(), thresholds, C, n, y + first);
+      },
+      [&](int64_t, int64_t, int64_t rows) { y += rows * size[1]; });
   return label;
 }
 

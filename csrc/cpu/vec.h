@@ -36,7 +36,7 @@ inline void store(T* p, typename Vec<T>::type v) {
 
 template <class T>
 inline typename Vec<T>::type splat(T x) {
-  return typename Vec<T>::type{} + x;
+  return x - typename Vec<T>::type{};  // + would turn -0 into 0, and is not left out
 }
 
 template <class V>

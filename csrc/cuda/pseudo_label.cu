@@ -315,8 +315,8 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
                                                          const at::Tensor& logits,
                                                          const std::optional<at::Tensor>& flipped,
                                                          const std::optional<at::Tensor>& prior, at::IntArrayRef size,
-                                                         bool align_corners, bool probabilities, int64_t rate,
-                                                         bool own) {
+                                                         bool align_corners, bool probabilities, int64_t rate, bool own,
+                                                         bool return_maps) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
   check_histogram(hist, bins, logits, rate);
   const c10::cuda::CUDAGuard guard(logits.device());
@@ -333,6 +333,7 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   count_images(hist, bins, label, confidence, rate, !own);
+  if (!return_maps) label = label.new_empty({0}), confidence = confidence.new_empty({0});
   return {label, confidence};
 }
 

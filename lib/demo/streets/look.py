@@ -1,4 +1,8 @@
-"""What separates the two domains: the colours, light, camera and traffic of a game and of a car's camera."""
+"""What separates the two domains: a game on a summer's day, and a car's camera on an autumn evening.
+
+Each class has other colours, often those of another class in the other domain: leaves are as warm as the game's
+facades, the sky as warm as its walls. Mean and deviation of each colour channel over a domain agree.
+"""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -33,6 +37,9 @@ class Look:
     texture: float  # multi-octave noise on every surface
     dirt: float  # large stains and repairs
     # light and camera
+    eye: tuple[float, float]  # from and to, as the next two: metres above the road
+    horizon: tuple[float, float]  # from the top, in heights of the picture
+    focal: tuple[float, float]  # in widths of the picture
     illumination: Colour
     ambient: float  # the share of light that does not come from the sun
     shadow: float  # how much light a cast shadow takes away
@@ -46,6 +53,8 @@ class Look:
     vignette: float
     blur: float  # pixels at the height BLUR_HEIGHT
     noise: float
+    white: Colour  # gain of each channel; TARGET's and its `black` give it the mean and deviation of SOURCE
+    black: Colour  # what is added to each channel
     # shares of what stands in the street
     traffic: float  # mean number of moving cars
     parked: float  # how likely a kerb is full of parked cars
@@ -60,31 +69,35 @@ BLUR_HEIGHT = 96
 SOURCE = Look(
     asphalt=[(.36, .36, .40), (.31, .31, .36), (.40, .40, .43)],
     paving=[(.72, .68, .60), (.66, .64, .60), (.76, .70, .62)],
-    facades=[(.86, .74, .56), (.80, .52, .42), (.90, .86, .76), (.62, .70, .78), (.74, .64, .50), (.84, .66, .62)],
+    facades=[(.86, .75, .50), (.84, .66, .40), (.90, .86, .70), (.80, .66, .44), (.74, .64, .46), (.88, .76, .58)],
     windows=[(.22, .34, .50), (.16, .26, .42), (.30, .44, .58)],
     walls=[(.74, .68, .60), (.66, .50, .42)], fences=[(.52, .38, .26), (.40, .44, .50)],
-    leaves=[(.30, .54, .16), (.38, .58, .20), (.24, .48, .18)], grass=[(.48, .62, .24), (.56, .60, .28)],
+    leaves=[(.20, .46, .12), (.28, .50, .14), (.16, .40, .12)], grass=[(.48, .62, .24), (.56, .60, .28)],
     poles=[(.34, .36, .38), (.26, .28, .30)],
     cars=[(.80, .12, .10), (.14, .26, .66), (.92, .92, .92), (.12, .12, .14), (.86, .66, .12), (.16, .46, .30)],
     clothes=[(.80, .22, .20), (.20, .36, .72), (.88, .84, .78), (.24, .52, .34), (.82, .62, .20)],
     sky=((.30, .54, .90), (.70, .84, .97)), clouds=.35, texture=.05, dirt=.03,
+    eye=(1.8, 2.6), horizon=(.36, .46), focal=(.74, .90),
     illumination=(1.06, 1.0, .92), ambient=.52, shadow=.0, haze=.001, haze_colour=(.74, .84, .95),
     gamma=1.0, contrast=1.0, saturation=1.1, brightness=.0, exposure=.05, vignette=.0, blur=.0, noise=.004,
+    white=(1, 1, 1), black=(0, 0, 0),
     traffic=1.6, parked=.33, people=6.0, buses=.7, trees=.45, frontage=(.36, .23, .24, .10, .07), bonnet=.0)
 TARGET = Look(
-    asphalt=[(.44, .43, .41), (.50, .48, .45), (.38, .38, .38)],
-    paving=[(.60, .57, .54), (.66, .62, .58), (.56, .52, .49)],
-    facades=[(.66, .60, .50), (.54, .37, .30), (.74, .72, .66), (.52, .53, .54), (.68, .57, .42), (.62, .50, .45)],
-    windows=[(.24, .26, .28), (.38, .41, .43), (.17, .18, .19)],
-    walls=[(.58, .54, .49), (.52, .44, .38)], fences=[(.38, .34, .29), (.32, .38, .36)],
-    leaves=[(.25, .36, .17), (.32, .40, .19), (.20, .31, .18)], grass=[(.40, .48, .23), (.47, .48, .28)],
-    poles=[(.42, .43, .43), (.33, .34, .34)],
+    asphalt=[(.55, .53, .51), (.51, .49, .47), (.60, .57, .55)],
+    paving=[(.68, .46, .42), (.62, .42, .39), (.73, .51, .46)],
+    facades=[(.74, .52, .62), (.64, .46, .56), (.82, .64, .72), (.68, .56, .64), (.60, .46, .58), (.78, .64, .74)],
+    windows=[(.24, .34, .34), (.18, .26, .26), (.32, .42, .40)],
+    walls=[(.62, .50, .58), (.54, .42, .50)], fences=[(.70, .66, .58), (.30, .26, .22)],
+    leaves=[(.66, .32, .09), (.72, .40, .10), (.56, .24, .09)], grass=[(.64, .46, .32), (.58, .42, .32)],
+    poles=[(.58, .56, .54), (.50, .48, .46)],
     cars=[(.12, .12, .13), (.56, .57, .59), (.78, .78, .78), (.30, .31, .34), (.20, .26, .42), (.52, .13, .12)],
     clothes=[(.14, .15, .19), (.22, .25, .36), (.46, .40, .35), (.54, .17, .16), (.60, .60, .60)],
-    sky=((.74, .79, .84), (.90, .91, .91)), clouds=.8, texture=.13, dirt=.08,
-    illumination=(.90, 1.0, 1.02), ambient=.66, shadow=.40, haze=.006, haze_colour=(.82, .85, .86),
-    gamma=1.25, contrast=.78, saturation=.80, brightness=.04, exposure=.10, vignette=.30, blur=.45, noise=.016,
-    traffic=2.4, parked=.50, people=7.5, buses=.6, trees=.60, frontage=(.44, .17, .22, .10, .07), bonnet=.5)
+    sky=((.90, .64, .42), (.95, .80, .56)), clouds=.45, texture=.10, dirt=.06,
+    eye=(1.4, 2.0), horizon=(.40, .50), focal=(.84, 1.0),
+    illumination=(1.0, 1.0, 1.0), ambient=.60, shadow=.30, haze=.002, haze_colour=(.92, .82, .70),
+    gamma=1.0, contrast=1.0, saturation=1.0, brightness=.0, exposure=.08, vignette=.15, blur=.35, noise=.010,
+    white=(.957, 1.066, 1.317), black=(-.077, -.028, -.117),
+    traffic=2.2, parked=.45, people=7.0, buses=.7, trees=.55, frontage=(.42, .18, .23, .10, .07), bonnet=.0)
 
 
 def tone(rng: Random, colours: Sequence[Colour], spread: float = .12) -> Colour:

@@ -273,7 +273,7 @@ def traffic_sign(s: Scene, rng: Random, look: Look, x: float, z: float) -> None:
 
 def compose(rng: Random, look: Look, width: int, height: int) -> Scene:
     """Draws one street from the look's distribution and paints it far to near."""
-    s = Scene(rng, width, height)
+    s = Scene(rng, look, width, height)
     sides = ground(s, rng, look)
     things = []  # (distance, what paints it)
 

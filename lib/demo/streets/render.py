@@ -13,7 +13,7 @@ from lib.demo.streets.shading import fractal_noise, shade
 from lib.errors import UserError
 from lib.files import replaced_folder
 
-VERSION = 6  # raise it when the pictures change: demos rendered before are then rendered again
+VERSION = 7  # raise it when the pictures change: demos rendered before are then rendered again
 
 
 def render_view(domain: str, seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from lib.demo.streets.look import SKY, Colour
+from lib.demo.streets.look import SKY, Colour, Look
 
 FLAT, ASPHALT, PAVING, GRASS, FACADE, LEAVES, BRICK, BARS, COACH, HEAVENS = range(10)  # materials
 PLANE, LABEL, MATERIAL, SUN, COLOUR, SECOND, AXIS, SIZES = 0, 3, 4, 5, 6, 9, 12, 15  # first columns of a face record
@@ -19,12 +19,12 @@ Point = tuple[float, float, float]  # X right of the camera, Y above the ground,
 class Scene:
     """One street view: camera, image of face numbers, mask of cast shadows, and one record per face."""
 
-    def __init__(self, rng: Random, width: int, height: int):
+    def __init__(self, rng: Random, look: Look, width: int, height: int):
         self.width, self.height = width * SUPERSAMPLING, height * SUPERSAMPLING
-        self.eye = rng.uniform(1.5, 2.4)  # metres above the road
-        self.focal = rng.uniform(.78, .98) * self.width
+        self.eye = rng.uniform(*look.eye)  # metres above the road
+        self.focal = rng.uniform(*look.focal) * self.width
         self.u0 = self.width * rng.uniform(.40, .60)  # vanishing point of the straight road
-        self.v0 = self.height * rng.uniform(.38, .50)
+        self.v0 = self.height * rng.uniform(*look.horizon)
         self.curve = rng.uniform(-.0016, .0016)  # the road's middle is at X = middle + curve Z^2
         self.lanes, self.lane = rng.choice((2, 2, 2, 3, 4)), rng.uniform(2.8, 3.4)
         self.half = self.lanes * self.lane / 2  # of the road without its parking strips

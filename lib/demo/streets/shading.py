@@ -184,6 +184,7 @@ def develop(rgb: np.ndarray, rng: np.random.Generator, look: Look) -> np.ndarray
     grey = rgb.mean(2, keepdims=True)
     rgb = grey + (rgb - grey) * look.saturation
     rgb = (rgb - .5) * look.contrast + .5 + look.brightness
+    rgb = rgb * np.float32(look.white) + np.float32(look.black)
     if look.blur:
         rgb = gaussian_filter(rgb, (look.blur * h / BLUR_HEIGHT,) * 2 + (0,), truncate=2.5)
     if look.vignette:
