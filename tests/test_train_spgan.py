@@ -48,7 +48,6 @@ def flags(root, folder, *more: str) -> list[str]:
 @pytest.mark.parametrize("method", ["cyclegan", "spgan"])
 def test_resume(root, tmp_path, monkeypatch, method):
     """Stopped in an iteration without a step of G and with a full pool, the run goes on bit for bit."""
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     more = ["--method", method, "--pool_size", "2", "--batch-size", "1", "--n_epochs_decay", "1"]
     assert script.main(flags(root, tmp_path / "whole", *more)) == 0
     step, calls = script.step, []
