@@ -1,6 +1,11 @@
 """Pixel-level cycle association (Kang et al., NeurIPS 2020), without N x N matrices."""
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +26,7 @@ class CycleAssociation(NamedTuple):
     back: Tensor      # [B, N1] int64
 
 
-_PANEL_BYTES = 4 << 20       # of one row panel of a similarity matrix: it stays in a processor's cache
-_GPU_PANEL_BYTES = 64 << 20  # a GPU wants few launches and many values in each
+_GPU_PANEL_BYTES = 64 << 20  # of one row panel of a similarity matrix: a GPU wants few launches and many values in each
 _EPS = 1e-10             # the paper's code, inside logarithms
 
 
@@ -203,7 +207,7 @@ def _chosen(left, left_scale, right, right_scale, rows, index, weight, d_left, d
         l_rows = left.index_select(0, r)
         if left_scale is not None:
             l_rows.mul_(left_scale[r, None])
-        p = torch.mm(l_rows, right.t(), out=buffer)
+        p = _product(l_rows, right.t(), buffer)
         inverse = _contrast_softmax_(p, right_scale, True)
         target = index[r][:, None]
         chosen = p.gather(1, target)
@@ -211,10 +215,10 @@ def _chosen(left, left_scale, right, right_scale, rows, index, weight, d_left, d
         if d_left is not None:
             w = (weight[r] * inverse)[:, None]
             p.scatter_(1, target, chosen - 1)
-            d_right.addmm_(p.t(), l_rows * w)
+            _add_product_(d_right, p.t(), l_rows * w)
             if right_scale is not None:
                 p.mul_(right_scale)
-            d_left.index_add_(0, r, torch.mm(p, right).mul_(w))
+            d_left.index_add_(0, r, _product(p, right).mul_(w))
     return loss
 
 
@@ -227,9 +231,9 @@ def _aggregate(v: Tensor, out: Tensor, metric: str, alpha: float) -> None:
     right = v if metric == "cos" else (v + _EPS).log()
     for at, buffer in _panels(len(v), len(v), v):
         left = v[at] if scale is None else v[at] * scale[at, None]
-        p = torch.mm(left, right.t(), out=buffer)
+        p = _product(left, right.t(), buffer)
         _contrast_softmax_(p, scale, metric == "cos")
-        out[at] = torch.addmm(v[at], p, v, beta=1 - alpha, alpha=alpha)
+        out[at] = _product(p, v).mul_(alpha).add_(v[at], alpha=1 - alpha)
 
 
 def _aggregate_backward(d_out: Tensor, v: Tensor, d_v: Tensor, metric: str, alpha: float) -> None:
@@ -248,13 +252,13 @@ def _aggregate_backward(d_out: Tensor, v: Tensor, d_v: Tensor, metric: str, alph
     col_sum = torch.zeros(n, dtype=v.dtype, device=v.device)
     for at, p, m in _panels(n, n, v, 2):
         left = v[at] if scale is None else v[at] * scale[at, None]
-        torch.mm(left, right.t(), out=p)
+        p = _product(left, right.t(), p)
         inverse = _contrast_softmax_(p, scale, cos)
-        torch.mm(d_out[at], v.t(), out=m)
+        m = _product(d_out[at], v.t(), m)
         _softmax_grad_(m, p, inverse * alpha if scale is None else inverse * alpha * scale[at], scale, col_sum)
-        d_v.addmm_(p.t(), d_out[at], alpha=alpha)
-        d_right.addmm_(m.t(), v[at])
-        d_v[at] += torch.mm(m, right)
+        _add_product_(d_v, p.t(), d_out[at] * alpha)
+        _add_product_(d_right, m.t(), v[at])
+        d_v[at] += _product(m, right)
     if not cos:
         d_v.addcdiv_(d_right, v + _EPS)
         return
@@ -410,9 +414,59 @@ def _rows(image: Tensor) -> Tensor:
     return image.flatten(1).t()
 
 
+@functools.cache
+def _panel_bytes() -> int:
+    """Of one row panel on a processor: a quarter of its last cache, since a few are read and written in turn."""
+    cache = 0
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not every system says
+        cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    return min(max(cache // 4, 4 << 20), 8 << 20)
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    """Whether PyTorch's matrix products, which are MKL's, leave half of the processor unused.
+
+    On processors other than Intel's, MKL takes kernels for AVX2; oneDNN, the other library in PyTorch, takes AVX-512.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    with contextlib.suppress(OSError):
+        vendor = re.search(r"^vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(), re.M)
+        return vendor is not None and vendor[1] != "GenuineIntel" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return False
+
+
+def _takes_onednn(x: Tensor, y: Tensor) -> bool:
+    """For x @ y. Small products are as fast either way, and MKL writes them where they are wanted."""
+    return x.dtype == torch.float32 and not x.is_cuda and min(*x.shape, y.shape[1]) >= 64 and _onednn_is_faster()
+
+
+def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """x @ y, in out or in new memory."""
+    if _takes_onednn(x, y):  # which has fast kernels for matrices without gaps alone
+        x, y = (m if m.is_contiguous() or m.t().is_contiguous() else m.contiguous() for m in (x, y))
+        return torch.ops.mkldnn._linear_pointwise(x, y.t(), None, "none", [], "")
+    return torch.mm(x, y, out=out)
+
+
+def _add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x @ y."""
+    if not _takes_onednn(x, y):
+        total.addmm_(x, y)
+        return
+    if total.stride(0) == 1:  # a view of [C, N]: rows are written, not columns
+        total, x, y = total.t(), y.t(), x.t()
+        for at in _slices(total.shape[1], len(total), total):
+            total[:, at] += _product(x, y[:, at])
+    else:
+        for at in _slices(*total.shape, total):
+            total[at] += _product(x[at], y)
+
+
 def _slices(n: int, width: int, like: Tensor):
     """Slices of n rows of this width that hold about the bytes of a panel on like's device, as even as possible."""
-    budget = _PANEL_BYTES if like.device.type == "cpu" else _GPU_PANEL_BYTES
+    budget = _panel_bytes() if like.device.type == "cpu" else _GPU_PANEL_BYTES
     count = max(1, -(-n * width * like.element_size() // budget))
     rows = -(-n // count)
     return [slice(i, min(i + rows, n)) for i in range(0, n, max(rows, 1))]

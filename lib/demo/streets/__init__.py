@@ -6,7 +6,7 @@ The source lies in the GTA5 layout and the target in the Cityscapes layout, both
 A view is a list of planar faces in world metres, painted far to near into one image of face numbers. Labels are the
 faces' classes, so they are exact; colours come from shading the same faces per pixel (position, texture, light, haze).
 What separates the domains is one `Look` each: the colours of every class, its share, light and camera. Mean and
-deviation of each colour channel are the same in both, so that no change of all pixels alike adapts one to the other.
+deviation of each colour channel are the same in both, so that matching them adapts nothing.
 
     look.py     classes, and the two domains' colours, light, camera and traffic
     scene.py    the camera's geometry, faces and cast shadows
