@@ -1,4 +1,6 @@
 """Label maps and class-balanced pseudo-labels: compiled operators and reference against the definition."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -204,9 +206,10 @@ def test_compiled_agrees_with_reference_on_logits(compiled, options, shape, size
     finally:
         ops.use(before)
     (label_r, confidence_r, pseudo_r), (label_c, confidence_c, pseudo_c) = results
-    # Builds of PyTorch and of the kernels with and without fused products round a place between pixels, (i + 1/2)
-    # scale - 1/2, differently unless the scale is a power of two; logits change by up to 20 from pixel to pixel.
-    exact = kwargs["align_corners"] or size in (shape[2:], (8 * shape[2], 8 * shape[3]))
+    # Where only one of PyTorch and the kernels was built with fused products, they round a place between pixels,
+    # (i + 1/2) scale - 1/2, differently unless the scale is a power of two; logits change by up to 20 a pixel.
+    alike = torch.backends.cpu.get_cpu_capability() != "DEFAULT" and os.environ.get("SEGADAPT_ARCH") != "x86-64"
+    exact = alike or kwargs["align_corners"] or size in (shape[2:], (8 * shape[2], 8 * shape[3]))
     torch.testing.assert_close(confidence_c, confidence_r, rtol=2e-6 if exact else 5e-5, atol=0)
     assert (label_c != label_r).float().mean() < 1e-4 and (pseudo_c != pseudo_r).float().mean() < 1e-4
 
