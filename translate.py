@@ -156,9 +156,9 @@ def translate_set(args: argparse.Namespace, run: Run) -> None:
         raise UserError(f"two pictures would be written as {twice[0]}: they differ in their endings only")
     folders = [out / f"style{k}" for k in range(args.num_style)] if args.num_style > 1 else [out]
     styles = Styles(translator, run, args.seed, args.style, args.synchronized)
-    made_with = f"statistics of {args.target}" if args.match_statistics else \
-        f"{args.checkpoint} ({zlib.crc32(Path(args.checkpoint).read_bytes()):08x})"
-    facts = {"checkpoint": made_with, "a2b": args.a2b, "scale": translator.scale,
+    made_with, content = (f"statistics of {args.target}", translator.decoder.to_bytes()) if args.match_statistics \
+        else (args.checkpoint, Path(args.checkpoint).read_bytes())
+    facts = {"checkpoint": f"{made_with} ({zlib.crc32(content):08x})", "a2b": args.a2b, "scale": translator.scale,
              "root": str(root.resolve()), **({key: getattr(args, key) for key in (
                  "seed", "style", "num_style", "synchronized")} if translator.styles else {})}
     claim_folder(out / "translate.json", facts, [folder / name for folder in folders for name in names],

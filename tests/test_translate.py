@@ -381,6 +381,9 @@ def test_statistics_become_the_targets(photos, tmp_path, capsys):
     assert ours.mean(0) == pytest.approx(truth.mean(0), abs=1)
     assert ours.std(0) == pytest.approx(truth.std(0), abs=1)
     assert all(np.array_equal(read(tmp_path / "whole" / name), read(tmp_path / "tiled" / name)) for name in names)
+    Image.new("RGB", (50, 40)).save(target / "0.png")  # what is there was not made from these
+    with pytest.raises(UserError, match="checkpoint was statistics of"):
+        script.main([*arguments, "--out", str(tmp_path / "whole")])
     with pytest.raises(SystemExit):
         script.main(["--checkpoint", "statistics", "--images", str(photos), "--out", str(tmp_path / "x")])
     assert "statistics takes those of --target" in capsys.readouterr().err
