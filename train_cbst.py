@@ -510,8 +510,8 @@ def demo(args: argparse.Namespace) -> int:
     before, after = (predict.Validation(data, args.input_size_target, known["pixels"], run, session.folder,
                                         bn_stats="running", workers=args.num_workers, max_pictures=0)
                      for _ in range(2))
-    before.confusion = predict.score(start.to(run.device), data.validation, before.size, before.pixels,
-                                     len(data.classes), run, workers=args.num_workers)
+    before.confusion = predict.score(start.to(run.device), data.validation, before.size, before.pixels, run,
+                                     workers=args.num_workers)
     after.confusion = session.extra_state["rounds"].confusion.numpy()
     compare(start, before, session.net, after, Path("result/demo_cbst/report.png"))
     return 0

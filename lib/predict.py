@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,7 +209,7 @@ def confusion_of(label: np.ndarray, dataset: ImageFolder, index: int) -> np.ndar
     return confusion_matrix(truth, label, dataset.num_classes, dataset.domain.description.ignore)
 
 
-def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: str, num_classes: int, run: Run, *,
+def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: str, run: Run, *,
           align_corners: bool = True, aggregate: float = 0.0, workers: int = 0,
           layout: Layout | None = None) -> np.ndarray:
     """Confusion matrix int64 [C, C] (rows: truth) of ``net`` in eval mode on a labelled set, over all processes.
@@ -217,7 +218,7 @@ def score(net: nn.Module, dataset: ImageFolder, size: tuple[int, int], pixels: s
     ``layout``.
     """
     fast = prepare(net)
-    confusion = np.zeros((num_classes, num_classes), np.int64)
+    confusion = np.zeros((dataset.num_classes, dataset.num_classes), np.int64)
     for index, _, label in predictions(fast, ViewSet(dataset.images, size, pixels), run, workers=workers,
                                        align_corners=align_corners, aggregate=aggregate, share=True):
         confusion += confusion_of(label, dataset, index)
@@ -333,7 +334,6 @@ class Validation:
         self.best: dict[str, float] | None = None
         self.confusion: np.ndarray | None = None  # of the last call
         self.iteration: int | None = None         # of the last call
-        self.source_layout: Layout | None = None  # from the first call on
         self.warned: set[str] = set()             # classes and coverages that were warned of
 
     def state_dict(self) -> dict[str, object]:
@@ -353,8 +353,8 @@ class Validation:
     def __call__(self, net: nn.Module, iteration: int, meta: Mapping[str, object], log: Log) -> None:
         scored = self.as_scored(net)
         layout = Layout(len(self.data.classes))
-        self.confusion = score(scored, self.data.validation, self.size, self.pixels, len(self.data.classes), self.run,
-                               workers=self.workers, layout=layout, **self.how)
+        self.confusion = score(scored, self.data.validation, self.size, self.pixels, self.run, workers=self.workers,
+                               layout=layout, **self.how)
         self.iteration, miou = iteration, 100 * mean_iou(self.confusion)
         if self.best is None or miou > self.best["mIoU"]:
             self.best = {"mIoU": miou, "iteration": iteration}
@@ -367,10 +367,12 @@ class Validation:
             pictures({"prediction": scored}, self.data, self.size, self.pixels, self.max_pictures,
                      self.folder / "pictures" / f"{iteration}.png", self.run, **self.how)
 
+    @cached_property
+    def source_layout(self) -> Layout:
+        return layout_of(self.data.source)
+
     def warn(self, layout: Layout, log: Path) -> dict[str, object]:
         """Print what looks like harm in the label maps' layout and the log, once each; all of it for the log."""
-        if self.source_layout is None:
-            self.source_layout = layout_of(self.data.source)
         found = layout_warnings(self.source_layout, layout, self.data.classes)
         if self.run.is_main:
             found |= falling_coverage(log)

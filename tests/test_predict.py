@@ -186,7 +186,7 @@ def test_the_score_is_that_of_the_saved_predictions(demo, images, tmp_path):
     for n in range(len(images)):
         predicted = np.asarray(Image.open(tmp_path / f"{n}.png"))
         expected += confusion_matrix(dataset.truth(n), predicted, 14, 255)
-    ours = predict.score(net, dataset, SIZE, "imagenet", 14, RUN)
+    ours = predict.score(net, dataset, SIZE, "imagenet", RUN)
     assert np.array_equal(ours, expected) and ours.dtype == np.int64
     labelled = sum(int((dataset.truth(n) != 255).sum()) for n in range(len(images)))
     assert ours.sum() == labelled and (ours.sum(0) > 0).sum() > 1

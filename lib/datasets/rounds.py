@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from lib.datasets.pseudo_labels import IGNORE, PseudoLabels, write_list
 from lib.datasets.transforms import RandomCrop
 from lib.errors import UserError
 from lib.files import write_json, write_text
-from lib.layout import layout_of, layout_warnings
+from lib.layout import Layout, layout_of, layout_warnings
 from lib.metrics import iou_dict, iou_table, mean_iou, selection_table
 from lib.runtime import Run
 
@@ -137,13 +138,17 @@ class Rounds:
                 "labelled_share": sum(selection["labelled"].values()) / int(labelled.sum()),
                 "rare": [classes[i] for i in rare], "mine": [classes[i] for i in mine]}
 
+    @cached_property
+    def source_layout(self) -> Layout:
+        return layout_of(self.data.source)
+
     def warn_of_layout(self) -> dict[str, object]:
         """Print where the pseudo-labels are laid out unlike the source's labels; their distance (lib/layout.py)."""
-        source, selected = layout_of(self.data.source), layout_of(self.labels().open())
-        warnings = layout_warnings(source, selected, self.data.classes)
+        selected = layout_of(self.labels().open())
+        warnings = layout_warnings(self.source_layout, selected, self.data.classes)
         for warning in warnings.values():
             self.run.say(f"warning: among the pseudo-labels {warning}")
-        return {"layout_distance": selected.distance(source), "warnings": list(warnings.values())}
+        return {"layout_distance": selected.distance(self.source_layout), "warnings": list(warnings.values())}
 
     def end_labelling(self, report: dict, source_images: Sequence[int], max_pictures: int) -> None:
         """Print and write the report of the round, whose stage is now "train"; one without thresholds only scored."""

@@ -48,8 +48,8 @@ def compare(source_only: nn.Module, validation_s: Validation, adapted: nn.Module
         nets["source, target BN"] = predict.reestimate_bn(source_only, data.target.images, size, pixels, run,
                                                           validation.workers)
         tables["source, target BN"] = predict.score(
-            nets["source, target BN"], data.validation, size, pixels, len(data.classes), run,
-            workers=validation.workers, align_corners=align_corners)
+            nets["source, target BN"], data.validation, size, pixels, run, workers=validation.workers,
+            align_corners=align_corners)
     nets["adapted"], tables["adapted"] = validation.as_scored(adapted), validation.confusion
     print("IoU in per cent\n" + iou_table(data.classes, tables))
     predict.pictures(nets, data, size, pixels, 6, report, run, align_corners=align_corners)

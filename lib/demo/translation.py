@@ -56,7 +56,7 @@ def compare_translations(translators: Mapping[str, Translate], root: Path, folde
             judged[f"{name}, target BN"] = predict.reestimate_bn(net, data.target.images, size, PIXELS, run)
         for column, version in judged.items():
             nets[column] = version
-            tables[column] = predict.score(version, data.validation, size, PIXELS, len(data.classes), run)
+            tables[column] = predict.score(version, data.validation, size, PIXELS, run)
         run.say(f"segmenter trained on {name}: target mIoU {100 * mean_iou(tables[name]):.1f} "
                 f"({time.monotonic() - started:.0f} s)")
     run.say("IoU in per cent on the target's validation set, by what the segmenter was trained on\n"
