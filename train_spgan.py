@@ -60,7 +60,7 @@ DEFAULTS = {
     "spgan": dict(load_size=(144, 286), crop_size=(128, 256), n_epochs=20, n_epochs_decay=0, batch_size=8,
                   lr_policy="constant", lambda_contrastive=2.0, init_type="default")}
 # --demo: narrow networks on the rendered pair
-DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_translation/{seed}", preprocess="crop", crop_size=(96, 96),
+DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_{method}/{seed}", preprocess="crop", crop_size=(96, 96),
             ngf=16, ndf=16, netG="resnet_6blocks", batch_size=1, lr=1e-3, lambda_identity=0.0, save_num_images=3,
             log_every=60)
 DEMO_EPOCHS = {"cyclegan": dict(n_epochs=2, n_epochs_decay=2), "spgan": dict(n_epochs=8, n_epochs_decay=0)}

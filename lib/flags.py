@@ -75,13 +75,13 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[str, object]) -> argparse.Namespace:
-    """The arguments; with --demo those of ``demo`` are the defaults, in which {seed} is the seed.
+    """The arguments; with --demo those of ``demo`` are the defaults, in which {seed} is the seed, {method} --method.
 
     Their ``flag_names`` say how each is written on the command line.
     """
     known = p.parse_known_args(argv)[0]
     if known.demo:
-        p.set_defaults(**{key: value.format(seed=known.random_seed) if isinstance(value, str) else value
+        p.set_defaults(**{key: value.format(**vars(known), seed=known.random_seed) if isinstance(value, str) else value
                           for key, value in demo.items()})
     args = p.parse_args(argv)
     args.flag_names = {action.dest: next((name for name in action.option_strings if name.startswith("--")), "")
