@@ -53,7 +53,7 @@ from lib.session import Session
 
 # --demo: narrow networks on the rendered pair, which keep twice the usual resolution
 DEMO = dict(**flags.DEMO_DATA, new_size=96, crop_image_height=96, crop_image_width=96, gen_dim=16, dis_dim=16,
-            n_downsample=1, n_res=3, mlp_dim=64, recon_x_cyc_w=10.0, lr=5e-4, max_iter=1600, step_size=800,
+            n_downsample=1, n_res=3, mlp_dim=64, recon_x_cyc_w=10.0, lr=5e-4, max_iter=800, step_size=400,
             save_pred_every=800, log_every=50)
 
 
