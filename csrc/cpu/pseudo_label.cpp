@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -332,6 +333,17 @@ constexpr float kRough = 0x1p-17f, kSmallestThreshold = 0x1p-100f, kLargestThres
 // A class whose exact quotient may equal the winner's has v_c - B >= l_c - 2 margin: one alone is the winner.
 constexpr float kLargestBest = 64.f;
 
+// Labels from the largest probability p_a and its class a alone, which an earlier pass has found. A quotient p / t of
+// floats rounds to 1 or more exactly where p >= t: the float before t is at most t (1 - u), and 1 - u is a float. So
+// where p_c < t_c for all other classes, the label is a if p_a >= t_a, else 255. With m the smallest of those t_c, that
+// is certain
+//   where p_a < m, as p_c <= p_a;
+//   for softmaxes without a prior where 1 - p_a < m, too, but for rounding. Rounded additions of e >= 0 give at least
+//   what they would with all but e_a and e_c at 0: sum >= (e_a + e_c) (1 - u). Hence p_a + p_c <= (1 + u)^2 / (1 - u) +
+//   2^-149 < 1 + 3.1 u, and 1 + 4.2 u for the mean with the mirrored image's. Computing 1 - m + 8 u adds 1.5 u where m
+//   <= 2 (for larger m every p_c is below m), so p_a > 1 - m + 8 u is enough.
+constexpr float kSumMargin = 0x1p-21f;
+
 inline float label_margin(int64_t classes, float largest_log) {
   return 2 * (kLargestBest + 5 * largest_log + static_cast<float>(3 * classes + 56)) * 0x1p-24f;
 }
@@ -628,9 +640,10 @@ class Probabilities {
 // For each image and block of its rows, one after the other: visit(probabilities with a strip selected, offset of its
 // first pixel in the block, number of pixels) for all strips, in several threads where parallel; then finish(image,
 // first row, number of rows). offset: see Probabilities. start: called before all of it with the pixels of a block.
-template <typename Start, typename Visit, typename Finish>
+// done(offset of the first pixel in the block, number of pixels): whether a group needs no visit, nor its logits.
+template <typename Start, typename Done, typename Visit, typename Finish>
 void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const float* offset, const Start& start,
-                    const Visit& visit, const Finish& finish) {
+                    const Done& done, const Visit& visit, const Finish& finish) {
   const int64_t H = size[0], W = size[1], threads = parallel ? at::get_num_threads() : 1;
   const int64_t share = std::min((H + threads - 1) / threads, std::max<int64_t>(1, kTaskPixels / W));  // rows
   const AxisTable<float> rows(maps.logits.size(2), H, maps.align_corners),
@@ -653,6 +666,7 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const
         const int64_t block_end = std::min(H, block + threads * share);
         const auto visit_group = [&](auto& source, int64_t row, int64_t begin) SEGADAPT_INLINE {
           const int64_t end = std::min(begin + kGroup, W);
+          if (done((row - block) * W + begin, end - begin)) return;
           source.select_row(row);
           source.gather(begin, end - begin);
           for (int64_t j = begin; j < end; j += kLanes) {
@@ -739,7 +753,7 @@ class Sampler {
         while (stop < pixels && label[stop] == c) ++stop;
       }
       if (!count_.bins) count_.hist[c * count_.width + kPixels] += stop - i;
-      if (!sample_) continue;
+      if (!sample_ || c >= skip_.size()) continue;
       int64_t next = i + skip_[c];
       for (; next < stop; next += rate_) count_(c, confidence[next]);
       skip_[c] = next - stop;
@@ -774,7 +788,7 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
                                                          bool return_maps) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
   const int64_t C = logits.size(1), N = logits.size(0), H = size[0], W = size[1];
-  check_histogram(hist, bins, logits, rate);
+  check_histogram(hist, bins, C, logits.device(), rate);
   const Counter count = counter(hist, bins);
   const bool rough = bins && !own && !return_maps && !probabilities;
   std::vector<int32_t> tags(C);
@@ -795,6 +809,7 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   // Counters are shared: a class's own probabilities are counted by one thread, everything else after a block.
   for_each_strip(
       maps, size, !own, zeros.data(), [&](int64_t block) { return_maps ? make_maps({N, H, W}) : make_maps({block}); },
+      [](int64_t, int64_t) { return false; },
       [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
         vf best{};
         vi index{};
@@ -823,6 +838,20 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
       });
   if (!return_maps) make_maps({0});
   return {label, confidence};
+}
+
+void refine_from_maps_(at::Tensor& fine, const at::Tensor& bins, const at::Tensor& label, const at::Tensor& confidence,
+                       int64_t rate) {
+  check_histogram(fine, bins, fine.size(0), label.device(), rate);
+  const Known known = checked(label, confidence, label.device());
+  const Counter count = counter(fine, bins);
+  Sampler sampler(count, fine.size(0), rate, true);
+  const int64_t area = label.size(1) * label.size(2);
+  for (int64_t n = 0; n < label.size(0); ++n) {
+    sampler.start_image();
+    sampler.add(known.label.const_data_ptr<uint8_t>() + n * area, known.confidence.const_data_ptr<float>() + n * area,
+                area);
+  }
 }
 
 // ---- labels ---------------------------------------------------------------------------------------------------------
@@ -861,10 +890,51 @@ void exact_labels(const Strip& p, const Thresholds& thresholds, int64_t classes,
   }
 }
 
+// Labels of the pixels for which the largest probability tells; see kSumMargin.
+class KnownLabels {
+ public:
+  KnownLabels(const Known& known, const Thresholds& thresholds, int64_t classes, bool sum_to_one)
+      : label_(known.label.const_data_ptr<uint8_t>()), confidence_(known.confidence.const_data_ptr<float>()) {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    for (int64_t a = 0; a < classes; ++a) {
+      float others = infinity;
+      for (int64_t c = 0; c < classes; ++c) others = c == a ? others : std::min(others, thresholds.t[c]);
+      limits_[a] = {others, sum_to_one ? (1.f - others) + kSumMargin : infinity, thresholds.t[a]};
+    }
+  }
+
+  // Writes the labels of n pixels; false where one of them does not tell.
+  bool operator()(int64_t first, int64_t n, uint8_t* out) const {
+    bool certain = true;
+    for (int64_t j = 0; j < n; ++j) {
+      const uint8_t a = label_[first + j];
+      const float p = confidence_[first + j];
+      const Limits& limit = limits_[a];
+      certain &= (p < limit.below) | (p > limit.above);
+      out[j] = p >= limit.threshold ? a : 255;
+    }
+    return certain;
+  }
+
+  void advance(int64_t pixels) { label_ += pixels, confidence_ += pixels; }
+
+ private:
+  struct Limits {  // certain below the one and above the other; by default nowhere
+    float below = -std::numeric_limits<float>::infinity(), above = std::numeric_limits<float>::infinity(),
+          threshold = 1.f;
+  };
+
+  const uint8_t* label_;
+  const float* confidence_;
+  std::array<Limits, 256> limits_;  // of each label, and of those that are no class
+};
+
 at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
                         const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,
+                        const std::optional<at::Tensor>& known_label, const std::optional<at::Tensor>& known_confidence,
                         at::IntArrayRef size, bool align_corners, bool probabilities) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
+  const std::optional<Known> known = checked(known_label, known_confidence, logits, size);
   const int64_t C = logits.size(1);
   check_thresholds(thresholds_, logits);
   const at::Tensor values = thresholds_.contiguous();
@@ -873,8 +943,11 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
   std::iota(classes.begin(), classes.end(), 0);
   at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
   uint8_t* y = label.mutable_data_ptr<uint8_t>();
+  std::optional<KnownLabels> known_labels;
+  if (known) known_labels.emplace(*known, thresholds, C, !probabilities && !prior);
   for_each_strip(
       maps, size, true, thresholds.log.data(), [](int64_t) {},
+      [&](int64_t first, int64_t n) { return known_labels && (*known_labels)(first, n, y + first); },
       [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
         const uint32_t lanes = kAllLanes >> (kLanes - n);
         if (thresholds.rough && source.plain()) {
@@ -888,7 +961,10 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
         }
         exact_labels(source.exact(), thresholds, C, n, y + first);
       },
-      [&](int64_t, int64_t, int64_t rows) { y += rows * size[1]; });
+      [&](int64_t, int64_t, int64_t rows) {
+        y += rows * size[1];
+        if (known_labels) known_labels->advance(rows * size[1]);
+      });
   return label;
 }
 
@@ -898,5 +974,6 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
 TORCH_LIBRARY_IMPL(segadapt, CPU, m) {
   m.impl("upsample_argmax", segadapt::upsample_argmax);
   m.impl("confidence_histogram_", segadapt::confidence_histogram_);
+  m.impl("refine_from_maps_", segadapt::refine_from_maps_);
   m.impl("pseudo_label", segadapt::pseudo_label);
 }
