@@ -1,7 +1,7 @@
 // Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps, without ever writing H x W x C values.
 // Images are walked row by row. Label maps take blocks of pixels that stay in the L1 cache, in plain loops that the
 // compiler vectorises; probabilities read groups of 64 pixels, four lines of the cache from each class, and then work
-// on strips of 16 pixels, whose sum and winner stay in registers.
+// on strips of a vector's pixels, whose sum and winner stay in registers.
 #include "pseudo_label.h"
 
 #include <ATen/ATen.h>
@@ -28,9 +28,9 @@ namespace segadapt {
 namespace {
 
 constexpr int64_t kBlock = 256, kLanes = Vec<float>::lanes;  // pixels
-constexpr int64_t kStrips = 4, kGroup = kStrips * kLanes;    // a class lies in pages of its own: one line from
+constexpr int64_t kGroup = 64, kStrips = kGroup / kLanes;    // a class lies in pages of its own: one line from
 constexpr int64_t kAhead = 128;                              // each at a time reads at two thirds of the speed
-constexpr uint32_t kAllLanes = 0xffff;
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 // The bilinear weights of a whole axis.
 template <typename T>
@@ -216,7 +216,7 @@ class Upsampler {
       T* out = buffer_[slot].data() + c * stride_;
       int64_t j = 0;
 #if defined(__AVX512F__)
-      if constexpr (std::is_same_v<T, float>) {  // sixteen neighbours need no more than sixteen source pixels
+      if constexpr (std::is_same_v<T, float>) {  // kLanes neighbours need no more than kLanes source pixels
         for (; j + kLanes <= W_ && i1[j + kLanes - 1] - i0[j] < kLanes; j += kLanes) {
           const __m512 pixels = (__m512)load(source.data() + i0[j]);
           const vf a = (vf)_mm512_permutexvar_ps((__m512i)(load_indices(i0 + j) - i0[j]), pixels);
@@ -373,7 +373,7 @@ inline vf rough_exp(vf x) {
 #endif
 }
 
-// The two largest values of 16 pixels, and the class of the largest. Values are positive.
+// The two largest values of a strip's pixels, and the class of the largest. Values are positive.
 struct Best {
   vf value{}, second{};
   vi index{};
@@ -386,8 +386,8 @@ struct Best {
   }
 };
 
-// What is found in the classes of 16 pixels: the sum of exp(value - top), the tag of the last class for which value -
-// top is at least near, and the number of these classes.
+// What is found in the classes of a strip's pixels: the sum of exp(value - top), the tag of the last class for which
+// value - top is at least near, and the number of these classes.
 struct Scan {
   vf sum{};
   vi tag{}, count{};
@@ -412,7 +412,7 @@ __attribute__((noinline)) Scan scan_classes(const float* value, int64_t classes,
   return found;
 }
 
-struct Strip {  // 16 pixels: the probabilities of class c are load(value + c * kGroup) * scale
+struct Strip {  // kLanes pixels: the probabilities of class c are load(value + c * kGroup) * scale
   const float* value;
   vf scale;
 
@@ -694,7 +694,7 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const
   TORCH_CHECK_VALUE(finite, "logits (or the prior) hold NaN or infinite values");
 }
 
-// Stores n of 16 values; a call of memcpy for each strip would cost as much as a class does.
+// Stores n of kLanes values; a call of memcpy for each strip would cost as much as a class does.
 template <typename V, typename T>
 inline void store_strip(T* out, const V& values, int64_t n) {
   static_assert(sizeof(V) == kLanes * sizeof(T));
