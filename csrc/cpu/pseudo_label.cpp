@@ -191,7 +191,7 @@ class Upsampler {
     vf best[kStrips];
     for (vf& v : best) v = splat(-std::numeric_limits<float>::infinity());
     for (int64_t c = 0; c < classes_; ++c) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int64_t k = 0; k < kStrips; ++k) {
         const vf v = value(c, k * kLanes);
         store(out + c * kGroup + k * kLanes, v);
@@ -646,6 +646,7 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const
                     const Done& done, const Visit& visit, const Finish& finish) {
   const int64_t H = size[0], W = size[1], threads = parallel ? at::get_num_threads() : 1;
   const int64_t share = std::min((H + threads - 1) / threads, std::max<int64_t>(1, kTaskPixels / W));  // rows
+  const int64_t groups = (W + kGroup - 1) / kGroup;
   const AxisTable<float> rows(maps.logits.size(2), H, maps.align_corners),
       columns(maps.logits.size(3), W, maps.align_corners);
   start(std::min(H, threads * share) * W);
@@ -666,7 +667,6 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const
         const int64_t block_end = std::min(H, block + threads * share);
         const auto visit_group = [&](auto& source, int64_t row, int64_t begin) SEGADAPT_INLINE {
           const int64_t end = std::min(begin + kGroup, W);
-          if (done((row - block) * W + begin, end - begin)) return;
           source.select_row(row);
           source.gather(begin, end - begin);
           for (int64_t j = begin; j < end; j += kLanes) {
@@ -678,10 +678,19 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const
         at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
           for (int64_t k = first; k < last; ++k) {
             const int64_t end = std::min(block_end, block + (k + 1) * share);
+            std::vector<char> skipped;  // of the rows that take turns: groups, row by row
             for (int64_t y = block + k * share, next; y < end; y = next) {
               next = end_of_turns(y, end);
-              for (int64_t i = 0; i < W; i += kGroup) {
-                for (int64_t row = y; row < next; ++row) visit_group(sources[k], row, i);
+              skipped.clear();
+              for (int64_t row = y; row < next; ++row) {
+                for (int64_t i = 0; i < W; i += kGroup) {
+                  skipped.push_back(done((row - block) * W + i, std::min(kGroup, W - i)));
+                }
+              }
+              for (int64_t i = 0; i < groups; ++i) {
+                for (int64_t row = y; row < next; ++row) {
+                  if (!skipped[(row - y) * groups + i]) visit_group(sources[k], row, i * kGroup);
+                }
               }
             }
           }
@@ -728,8 +737,22 @@ Counter counter(at::Tensor& hist, const std::optional<at::Tensor>& bins) {
   return {hist.mutable_data_ptr<int64_t>(), hist.size(1), bins ? bins->const_data_ptr<int64_t>() : nullptr};
 }
 
-// Every rate-th pixel of each class of an image in raster order, a piece after the other. Neighbours mostly have one
-// class, so work goes by runs of equal labels.
+// Where the run of equal labels that begins at i ends. Neighbours mostly have one class, so work goes by such runs.
+inline int64_t end_of_run(const uint8_t* label, int64_t i, int64_t pixels) {
+  const uint64_t eight = label[i] * 0x0101010101010101u;
+  int64_t stop = i + 1;
+  for (; stop + 8 <= pixels; stop += 8) {
+    uint64_t differs;
+    std::memcpy(&differs, label + stop, 8);
+    differs ^= eight;
+    if (differs && std::endian::native == std::endian::little) return stop + std::countr_zero(differs) / 8;
+    if (differs) break;
+  }
+  while (stop < pixels && label[stop] == label[i]) ++stop;
+  return stop;
+}
+
+// Every rate-th pixel of each class of an image in raster order, a piece after the other.
 class Sampler {
  public:
   Sampler(const Counter& count, int64_t classes, int64_t rate, bool sample)
@@ -740,18 +763,7 @@ class Sampler {
   void add(const uint8_t* label, const float* confidence, int64_t pixels) {
     for (int64_t i = 0, stop; i < pixels; i = stop) {
       const uint8_t c = label[i];
-      const uint64_t eight = c * 0x0101010101010101u;
-      uint64_t differs = 0;
-      for (stop = i + 1; stop + 8 <= pixels; stop += 8) {
-        std::memcpy(&differs, label + stop, 8);
-        differs ^= eight;
-        if (differs) break;
-      }
-      if (std::endian::native == std::endian::little && differs) {
-        stop += std::countr_zero(differs) / 8;
-      } else {
-        while (stop < pixels && label[stop] == c) ++stop;
-      }
+      stop = end_of_run(label, i, pixels);
       if (!count_.bins) count_.hist[c * count_.width + kPixels] += stop - i;
       if (!sample_ || c >= skip_.size()) continue;
       int64_t next = i + skip_[c];
@@ -905,15 +917,20 @@ class KnownLabels {
 
   // Writes the labels of n pixels; false where one of them does not tell.
   bool operator()(int64_t first, int64_t n, uint8_t* out) const {
-    bool certain = true;
-    for (int64_t j = 0; j < n; ++j) {
-      const uint8_t a = label_[first + j];
-      const float p = confidence_[first + j];
-      const Limits& limit = limits_[a];
-      certain &= (p < limit.below) | (p > limit.above);
-      out[j] = p >= limit.threshold ? a : 255;
+    const uint8_t* label = label_ + first;
+    const float* confidence = confidence_ + first;
+    int32_t open = 0;
+    for (int64_t i = 0, stop; i < n; i = stop) {
+      stop = end_of_run(label, i, n);
+      const uint8_t a = label[i];
+      const Limits limit = limits_[a];
+      for (int64_t j = i; j < stop; ++j) {
+        const float p = confidence[j];
+        open |= !(p < limit.below) & !(p > limit.above);
+        out[j] = p >= limit.threshold ? a : 255;
+      }
     }
-    return certain;
+    return !open;
   }
 
   void advance(int64_t pixels) { label_ += pixels, confidence_ += pixels; }
