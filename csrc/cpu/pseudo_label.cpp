@@ -714,10 +714,7 @@ inline void store_strip(T* out, const V& values, int64_t n) {
   }
 }
 
-inline void store_labels(uint8_t* out, vi index, int64_t n) {
-  using bytes = uint8_t __attribute__((vector_size(kLanes)));
-  store_strip(out, __builtin_convertvector(index, bytes), n);
-}
+inline void store_labels(uint8_t* out, vi index, int64_t n) { store_strip(out, to_bytes(index), n); }
 
 // ---- thresholds -----------------------------------------------------------------------------------------------------
 

@@ -89,6 +89,21 @@ inline uint32_t mask_ge(vd a, vd b) {
   return bits;
 }
 
+using Bytes = uint8_t __attribute__((vector_size(Vec<float>::lanes)));
+
+// Values of 0 to 255 as bytes. (GCC would take the conversion apart, too.)
+inline Bytes to_bytes(vi v) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(Bytes, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i all = (__m256i)v;
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  return __builtin_bit_cast(Bytes, _mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#else
+  return __builtin_convertvector(v, Bytes);
+#endif
+}
+
 // ---- arithmetic.h for vectors ---------------------------------------------------------------------------------------
 
 inline vf product(vf a, vf b) { return a * b; }
