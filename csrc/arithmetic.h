@@ -1,5 +1,5 @@
 // Float arithmetic that the CPU and CUDA kernels share operation by operation, so that both round alike: products,
-// sums and fused products are never contracted or reordered. cpu/vec.h has the same for sixteen floats at a time.
+// sums and fused products are never contracted or reordered. cpu/vec.h has the same for vectors.
 #pragma once
 #include <cmath>
 #include <cstdint>

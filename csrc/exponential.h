@@ -1,5 +1,5 @@
 // The exponential of every softmax, operation by operation the same on the CPU and on CUDA. V: float or, on the CPU,
-// sixteen floats, whose operations must be declared before (cpu/vec.h).
+// a vector of them, whose operations must be declared before (cpu/vec.h).
 #pragma once
 #include "arithmetic.h"
 

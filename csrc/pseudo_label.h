@@ -91,18 +91,41 @@ inline Maps checked(const at::Tensor& logits, const std::optional<at::Tensor>& f
   return maps;
 }
 
-inline void check_histogram(const at::Tensor& hist, const std::optional<at::Tensor>& bins, const at::Tensor& logits,
-                            int64_t rate) {
-  const int64_t classes = logits.size(1), width = bins ? 1 << kBinBits : kBins + 2;
+inline void check_histogram(const at::Tensor& hist, const std::optional<at::Tensor>& bins, int64_t classes,
+                            at::Device device, int64_t rate) {
+  const int64_t width = bins ? 1 << kBinBits : kBins + 2;
   TORCH_CHECK_VALUE(hist.scalar_type() == at::kLong && hist.is_contiguous() &&
-                        hist.sizes() == at::IntArrayRef({classes, width}) && hist.device() == logits.device(),
+                        hist.sizes() == at::IntArrayRef({classes, width}) && hist.device() == device,
                     "histogram: expected contiguous int64 ", at::IntArrayRef({classes, width}),
-                    " on the logits' device (new_histogram(classes, device)), got ", hist.scalar_type(), " ",
+                    " on the images' device (new_histogram(classes, device)), got ", hist.scalar_type(), " ",
                     hist.sizes(), " on ", hist.device());
   TORCH_CHECK_VALUE(!bins || (bins->scalar_type() == at::kLong && bins->numel() == classes && bins->is_contiguous() &&
-                              bins->device() == logits.device()),
-                    "bins: expected contiguous int64 [", classes, "] on the logits' device");
+                              bins->device() == device),
+                    "bins: expected contiguous int64 [", classes, "] on the images' device");
   TORCH_CHECK_VALUE(rate >= 1, "ds_rate: expected 1 or more, got ", rate);
+}
+
+struct Known {                   // what confidence_histogram_ has returned of the images
+  at::Tensor label, confidence;  // uint8 and float32 [N, H, W]
+};
+
+inline Known checked(const at::Tensor& label, const at::Tensor& confidence, at::Device device) {
+  TORCH_CHECK_VALUE(label.scalar_type() == at::kByte && confidence.scalar_type() == at::kFloat && label.dim() == 3 &&
+                        label.sizes() == confidence.sizes() && label.device() == device &&
+                        confidence.device() == device,
+                    "maps: expected labels uint8 [N, H, W] and confidences float32 of that shape on ", device, ", got ",
+                    label.scalar_type(), " ", label.sizes(), " on ", label.device(), " and ", confidence.scalar_type(),
+                    " ", confidence.sizes(), " on ", confidence.device());
+  return {label.contiguous(), confidence.contiguous()};
+}
+
+inline std::optional<Known> checked(const std::optional<at::Tensor>& label, const std::optional<at::Tensor>& confidence,
+                                    const at::Tensor& logits, at::IntArrayRef size) {
+  TORCH_CHECK_VALUE(label.has_value() == confidence.has_value(), "maps: expected labels and confidences, or neither");
+  if (!label) return {};
+  TORCH_CHECK_VALUE(label->sizes() == at::IntArrayRef({logits.size(0), size[0], size[1]}), "maps: expected the shape ",
+                    at::IntArrayRef({logits.size(0), size[0], size[1]}), ", got ", label->sizes());
+  return checked(*label, *confidence, logits.device());
 }
 
 inline void check_thresholds(const at::Tensor& thresholds, const at::Tensor& logits) {

@@ -126,12 +126,18 @@ def test_label_maps_and_pseudo_labels(compiled, cuda):
         def run(to, logits=logits, size=size, kwargs=kwargs, t=t, rate=rate, value=value, classes=classes):
             moved = {k: to(v) if torch.is_tensor(v) else v for k, v in kwargs.items()}
             hist = to(ops.new_histogram(classes))
-            label, confidence = ops.confidence_histogram_(hist, to(logits), size, ds_rate=rate, value=value, **moved)
+            maps = ops.confidence_histogram_(hist, to(logits), size, ds_rate=rate, value=value, **moved)
             bins = ops.select_threshold(hist, 0.2).bins
             fine = to(ops.new_histogram(classes, fine=True))
             ops.refine_histogram_(fine, bins, to(logits), size, ds_rate=rate, value=value, return_maps=False, **moved)
             assert torch.equal(fine.sum(1), hist.gather(1, bins.clamp_min(0)[:, None])[:, 0].where(bins >= 0, 0))
-            return [ops.pseudo_label(to(logits), to(t), size, **moved), label, confidence, hist, fine]
+            if value == "conf":
+                counted = to(ops.new_histogram(classes, fine=True))
+                ops.refine_from_maps_(counted, bins, *maps, ds_rate=rate)
+                assert torch.equal(counted, fine)
+            label = ops.pseudo_label(to(logits), to(t), size, **moved)
+            assert torch.equal(ops.pseudo_label(to(logits), to(t), size, maps=maps, **moved), label)
+            return [label, *maps, hist, fine]
 
         reference, cpu, gpu = outcomes(cuda, run)
         assert (reference is ValueError) == (cpu is ValueError) == (gpu is ValueError), (logits, kwargs)

@@ -1,4 +1,5 @@
 """Label maps and class-balanced pseudo-labels: compiled operators and reference against the definition."""
+import itertools
 import os
 
 import numpy as np
@@ -76,6 +77,12 @@ def sorted_thresholds(images, portion, ds_rate, own=False, pooled=False):
     return torch.stack(value), torch.tensor(k)
 
 
+def direct(p, t):
+    """Labels by their definition."""
+    ratio, label = (p / t[:, None, None]).max(0)
+    return label.where(ratio >= 1, 255).to(torch.uint8)
+
+
 def exact_threshold(images, hist, portion, pooled=False, **options):
     """The second pass and its result."""
     fine = ops.new_histogram(len(hist), hist.device, fine=True)
@@ -106,9 +113,9 @@ def probability_maps():
 @pytest.mark.parametrize("name", probability_maps())
 def test_thresholds_and_labels_equal_the_full_sort(backend, name, ds_rate):
     images, options = probability_maps()[name], {"probabilities": True, "ds_rate": ds_rate}
-    hist, hist_own = ops.new_histogram(6), ops.new_histogram(6)
+    hist, hist_own, maps = ops.new_histogram(6), ops.new_histogram(6), []
     for p in images:
-        ops.confidence_histogram_(hist, p, **options)
+        maps.append(ops.confidence_histogram_(hist, p, **options))
         ops.confidence_histogram_(hist_own, p, value="prob", **options)
     for portion, pooled in ((0.0, False), (0.001, False), (0.2, False), (0.5, True), (1.0, False), (1.0, True)):
         found = exact_threshold(images, hist, portion, pooled, **options)
@@ -116,10 +123,9 @@ def test_thresholds_and_labels_equal_the_full_sort(backend, name, ds_rate):
         assert torch.equal(found.value, value) and torch.equal(found.selected, k), (portion, pooled)
         coarse = ops.select_threshold(hist, portion, pooled=pooled).value
         assert (coarse <= value).all() and (coarse >= value * (1 - 2 ** -11)).all()
-        for p in images:
-            ratio, label = (p / value[:, None, None]).max(0)
-            expected = label.where(ratio >= 1, 255).to(torch.uint8)
-            assert torch.equal(ops.pseudo_label(p, value, probabilities=True), expected)
+        for p, known in zip(images, maps, strict=True):
+            assert torch.equal(ops.pseudo_label(p, value, probabilities=True), direct(p, value))
+            assert torch.equal(ops.pseudo_label(p, value, probabilities=True, maps=known), direct(p, value))
     found = exact_threshold(images, hist_own, 0.2, value="prob", **options)
     value, k = sorted_thresholds(images, 0.2, ds_rate, own=True)
     assert torch.equal(found.value, torch.where(value > 0, value, 1.0)) and torch.equal(found.selected, k)
@@ -222,8 +228,11 @@ def test_other_dtypes_are_computed_in_float32(backend, dtype):
         expected = ops.confidence_histogram_(hist, x.float(), size, flipped=x.float().flip(-1))
         found = ops.confidence_histogram_(other, x, size, flipped=x.flip(-1))
         assert torch.equal(hist, other) and all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-        t = torch.full((5,), 0.4)
-        assert torch.equal(ops.pseudo_label(x, t, size), ops.pseudo_label(x.float(), t, size))
+        for value in (0.4, 0.7):  # open for some pixels, for none
+            t = torch.full((5,), value)
+            expected = ops.pseudo_label(x.float(), t, size, flipped=x.float().flip(-1))
+            for maps in (None, found):
+                assert torch.equal(ops.pseudo_label(x, t, size, flipped=x.flip(-1), maps=maps), expected)
 
 
 def test_threads_do_not_change_a_bit(compiled):
@@ -233,12 +242,15 @@ def test_threads_do_not_change_a_bit(compiled):
         for count in (1, 2):
             torch.set_num_threads(count)
             hist = ops.new_histogram(19)
-            results.append([hist, *ops.confidence_histogram_(hist, x, (255, 510), flipped=x.flip(-1), ds_rate=4),
-                            ops.pseudo_label(x, torch.full((19,), 0.4), (255, 510)),
+            maps = ops.confidence_histogram_(hist, x, (255, 510), flipped=x.flip(-1), ds_rate=4)
+            t = torch.full((19,), 0.4)
+            results.append([hist, *maps, ops.pseudo_label(x, t, (255, 510), flipped=x.flip(-1)),
+                            ops.pseudo_label(x, t, (255, 510), flipped=x.flip(-1), maps=maps),
                             ops.upsample_argmax(x, (255, 510))])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(*results[0][3:5])
 
 
 def test_errors_say_what_is_wrong(backend):
@@ -306,12 +318,10 @@ def test_opcheck(compiled):
     for arguments in ((hist, None, x, mirrored, prior, size, True, False, 2, False, True),
                       (fine, bins, x, None, None, size, True, True, 1, True, False)):
         torch.library.opcheck(library.confidence_histogram_, arguments)
-    torch.library.opcheck(library.pseudo_label, (x, thresholds, mirrored, prior, size, False, False))
-
-
-def direct(p, t):
-    ratio, label = (p / t[:, None, None]).max(0)
-    return label.where(ratio >= 1, 255).to(torch.uint8)
+    maps = torch.zeros(2, *size, dtype=torch.uint8), torch.ones(2, *size)
+    torch.library.opcheck(library.refine_from_maps_, (fine, bins, *maps, 2))
+    for known in ((None, None), maps):
+        torch.library.opcheck(library.pseudo_label, (x, thresholds, mirrored, prior, *known, size, False, False))
 
 
 def near_decisions(classes, seed):
@@ -330,6 +340,16 @@ def near_decisions(classes, seed):
     return x
 
 
+def exact_probabilities(x, prior=None, **kwargs):
+    """[C, H, W]: where a prior leaves only one class, its probability is what "confidence" says."""
+    p = torch.empty_like(x)
+    for c in range(len(x)):
+        alone = torch.zeros_like(x)
+        alone[c] = 1 if prior is None else prior[c]
+        p[c] = ops.confidence_histogram_(ops.new_histogram(len(x)), x, prior=alone, **kwargs)[1]
+    return p
+
+
 @pytest.mark.parametrize("classes,seed,options", [
     (19, 0, {}), (3, 1, {}), (40, 2, {}), (19, 3, {"flip": True}), (19, 4, {"prior": True}),
     (7, 5, {"flip": True, "prior": True})], ids=str)
@@ -344,12 +364,7 @@ def test_few_exponentials_give_the_exact_bits(compiled, classes, seed, options):
     exact = ops.confidence_histogram_(ops.new_histogram(classes), x, value="prob",
                                       prior=ones if prior is None else prior, **kwargs)
     assert torch.equal(label, exact[0]) and torch.equal(confidence, exact[1])
-    # The probabilities of every class: where a prior leaves only it, it is what "confidence" says.
-    p = torch.empty_like(x)
-    for c in range(classes):
-        alone = torch.zeros_like(x)
-        alone[c] = ones[c] if prior is None else prior[c]
-        p[c] = ops.confidence_histogram_(ops.new_histogram(classes), x, prior=alone, **kwargs)[1]
+    p = exact_probabilities(x, prior, **kwargs)
     assert torch.equal(p.max(0).values, confidence)
     g = torch.Generator().manual_seed(seed)
     at_pixel = p.flatten(1)[:, torch.randint(p[0].numel(), (4,), generator=g)].unbind(1)  # where quotients are 1
@@ -358,7 +373,8 @@ def test_few_exponentials_give_the_exact_bits(compiled, classes, seed, options):
     some.append((confidence.max().expand(classes).contiguous().view(torch.int32) + steps).view(torch.float32))
     some += [torch.full((classes,), v) for v in (1.0, 0.99, 1 - 2.0 ** -20, 0.5, 1e-30, 1e-38, 1e-45)]
     for t in some:
-        assert torch.equal(ops.pseudo_label(x, t, prior=prior, **kwargs), direct(p, t))
+        for maps in (None, (label, confidence)):
+            assert torch.equal(ops.pseudo_label(x, t, prior=prior, maps=maps, **kwargs), direct(p, t))
 
 
 def counts(x, size, bins=None, **kwargs):
@@ -393,6 +409,123 @@ def test_counting_without_maps_counts_the_same(backend, classes, options):
                 assert torch.equal(fine[0].sum(1), chosen)
 
 
+def ulps(x, steps):
+    """A positive number, moved by that many floats."""
+    return (x.view(torch.int32) + steps).view(torch.float32)
+
+
+@pytest.mark.parametrize("classes,options", [
+    (2, {}), (19, {}), (2, {"flip": True}), (7, {"flip": True}), (2, {"prior": True}),
+    (7, {"flip": True, "prior": True}), (5, {"probabilities": True})], ids=str)
+def test_maps_leave_open_what_another_class_may_decide(compiled, classes, options):
+    """Thresholds within a float of a pixel's two largest probabilities, out of reach for other classes: ties, and two
+    classes whose probabilities add up to more than 1, by rounding or in truth."""
+    g = torch.Generator().manual_seed(classes)
+    x, kwargs = near_decisions(classes, 7), {"probabilities": "probabilities" in options}
+    x[:2, 16:32] = 3 * torch.randn(2, 16, 256, generator=g)
+    x[2:, 16:32] = -200  # two classes alone
+    if "flip" in options:
+        kwargs["flipped"] = x.flip(-1) + torch.randn(classes, 1, 1, generator=g)
+    prior = 2 * torch.rand(x.shape, generator=g) if "prior" in options else None
+    if "probabilities" in options:
+        x = p = x.sigmoid()
+    else:
+        p = exact_probabilities(x, prior, **kwargs)
+    maps = ops.confidence_histogram_(ops.new_histogram(classes), x, prior=prior, **kwargs)
+    largest = p.sort(dim=0, descending=True, stable=True)
+    sums = largest.values[:2].double().sum(0).flatten()
+    above = (sums > 1).nonzero()[:, 0]
+    pixels = torch.cat([torch.randint(sums.numel(), (6,), generator=g), sums.topk(4).indices,
+                        60 * 256 + torch.randint(1024, (4,), generator=g),  # ties
+                        above[torch.randint(above.numel(), (8,), generator=g)]])
+    for pixel in pixels.tolist():
+        first, second = largest.indices.flatten(1)[:2, pixel].tolist()
+        for step_a, step_c in itertools.product((-1, 0, 1), repeat=2):
+            t = torch.full((classes,), 3.0)
+            t[first] = ulps(p.flatten(1)[first, pixel].clamp_min(1e-30), step_a)
+            t[second] = ulps(p.flatten(1)[second, pixel].clamp_min(1e-30), step_c)
+            assert torch.equal(ops.pseudo_label(x, t, prior=prior, maps=maps, **kwargs), direct(p, t)), (pixel, t)
+
+
+def test_maps_of_a_single_class(compiled):
+    x = torch.randn(1, 8, 100)
+    maps = ops.confidence_histogram_(ops.new_histogram(1), x)
+    for value in (1e-45, 0.5, 1 - 2.0 ** -24, 1.0, 1 + 2.0 ** -23, float("inf")):
+        label = ops.pseudo_label(x, torch.tensor([value]), maps=maps)
+        assert label.eq(0 if value <= 1 else 255).all()
+
+
+def test_maps_stand_in_for_the_logits(compiled):
+    """Above 1/2 no other class can decide, so that logits are not read; but the maps must name a class."""
+    x, size = 3 * torch.randn(2, 19, 9, 13, generator=torch.Generator().manual_seed(0)), (64, 90)
+    label, confidence = ops.confidence_histogram_(ops.new_histogram(19), x, size)
+    unread = torch.full_like(x, float("nan"))
+    t = torch.full((19,), 0.6)
+    expected = ops.pseudo_label(x, t, size)
+    strided = tuple(m.transpose(0, 2).contiguous().transpose(0, 2) for m in (label, confidence))
+    for maps in ((label, confidence), strided):
+        assert torch.equal(ops.pseudo_label(unread, t, size, maps=maps), expected)
+        assert torch.equal(ops.pseudo_label(unread[1], t, size, maps=[m[1] for m in maps]), expected[1])
+    label[:, ::7, 5], confidence[:, ::5, 70] = 255, float("nan")
+    assert torch.equal(ops.pseudo_label(x, t, size, maps=(label, confidence)), expected)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        ops.pseudo_label(unread, t, size, maps=(label, confidence))
+    t[3] = 0.3
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        ops.pseudo_label(unread, t, size, maps=strided)
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True, "prior": True}, {"probabilities": True}], ids=str)
+def test_refining_from_maps_counts_the_same(backend, options):
+    x, kwargs = torch.stack([near_decisions(7, 1), near_decisions(7, 2)]), {}
+    if "flip" in options:
+        kwargs = {"flipped": x.flip(0, -1) + 0.5,
+                  "prior": 2 * torch.rand(7, 64, 256, generator=torch.Generator().manual_seed(9))}
+    if "probabilities" in options:
+        x, kwargs = x.sigmoid(), {"probabilities": True}
+    for rate in (1, 4):
+        hist = ops.new_histogram(7)
+        label, confidence = ops.confidence_histogram_(hist, x, ds_rate=rate, **kwargs)
+        bins = ops.select_threshold(hist, 0.3).bins
+        fine, single, sparse = (ops.new_histogram(7, fine=True) for _ in range(3))
+        ops.refine_histogram_(fine, bins, x, ds_rate=rate, **kwargs)
+        assert fine.sum() > 0
+        for n in range(2):  # and maps that are not contiguous
+            maps = (m[n].t().contiguous().t() for m in (label, confidence))
+            ops.refine_from_maps_(single, bins, *maps, ds_rate=rate)
+        assert torch.equal(single, fine)
+        single.zero_()
+        ops.refine_from_maps_(single, bins, label, confidence, ds_rate=rate)
+        assert torch.equal(single, fine)
+        label[label == 2] = 255  # no class
+        ops.refine_from_maps_(sparse, bins, label, confidence, ds_rate=rate)
+        fine[2] = 0
+        assert torch.equal(sparse, fine)
+
+
+def test_maps_that_do_not_fit_are_errors(backend):
+    x, t = torch.zeros(2, 3, 4, 40), torch.ones(3)
+    fine, bins = ops.new_histogram(3, fine=True), torch.zeros(3, dtype=torch.int64)
+    label, confidence = torch.zeros(2, 4, 40, dtype=torch.uint8), torch.ones(2, 4, 40)
+    for maps in ((label.int(), confidence), (label, confidence.double()), (label, confidence[:1]),
+                 (label, confidence[:, :, :39]), (label[0, 0], confidence[0, 0]), (label.to("meta"), confidence),
+                 (label, confidence.to("meta"))):
+        with pytest.raises(ValueError, match="map"):
+            ops.pseudo_label(x, t, maps=maps)
+        with pytest.raises(ValueError, match="map"):
+            ops.refine_from_maps_(fine, bins, *maps)
+    for maps in ((label[0], confidence[0]), (label[:, :3], confidence[:, :3])):
+        with pytest.raises(ValueError, match="map"):
+            ops.pseudo_label(x, t, maps=maps)
+    for arguments in ((ops.new_histogram(3), bins), (fine, bins[:2]), (fine, bins.to("meta")),
+                      (fine.to("meta"), bins)):
+        with pytest.raises(ValueError, match="histogram|bins"):
+            ops.refine_from_maps_(*arguments, label, confidence)
+    with pytest.raises(ValueError, match="ds_rate"):
+        ops.refine_from_maps_(fine, bins, label, confidence, ds_rate=0)
+    assert fine.sum() == 0
+
+
 def test_strides_and_tails_give_the_exact_bits(compiled):
     """The same from stride 8, where rows end within a strip."""
     g = torch.Generator().manual_seed(0)
@@ -405,7 +538,8 @@ def test_strides_and_tails_give_the_exact_bits(compiled):
         for value in (0.3, 0.9, 0.99, 1.0):
             t = torch.full((19,), value)
             expected = torch.where(confidence / value >= 1, label, 255)
-            assert torch.equal(ops.pseudo_label(x, t, size), expected)
+            for maps in (None, (label, confidence)):
+                assert torch.equal(ops.pseudo_label(x, t, size, maps=maps), expected)
 
 
 def test_pixels_that_no_bin_holds_are_counted_once(backend):
@@ -468,8 +602,14 @@ def test_cuda_gives_the_bits_of_the_cpu(compiled, cuda, options, classes):
             bins = ops.select_threshold(hist, 0.3).bins
             again = ops.refine_histogram_(fine, bins, to(logits), size, ds_rate=3, **moved)
             assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
+            counted = to(ops.new_histogram(classes, fine=True))
+            ops.refine_from_maps_(counted, bins, label, confidence, ds_rate=3)
+            assert torch.equal(counted, fine)
             value = ops.select_threshold(hist, 0.3, fine=fine).value
-            return [label, confidence, hist, fine, value, ops.pseudo_label(to(logits), value, size, **moved)]
+            found = ops.pseudo_label(to(logits), value, size, **moved)
+            known = ops.pseudo_label(to(logits), value, size, maps=(label, confidence), **moved)
+            assert torch.equal(known, found)
+            return [label, confidence, hist, fine, value, found]
 
         assert all(map(torch.equal, cuda.run(run), run()))
 

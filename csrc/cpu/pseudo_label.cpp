@@ -1,7 +1,7 @@
 // Class-balanced pseudo-labels (Zou et al., ECCV 2018) and label maps, without ever writing H x W x C values.
 // Images are walked row by row. Label maps take blocks of pixels that stay in the L1 cache, in plain loops that the
 // compiler vectorises; probabilities read groups of 64 pixels, four lines of the cache from each class, and then work
-// on strips of 16 pixels, whose sum and winner stay in registers.
+// on strips of a vector's pixels, whose sum and winner stay in registers.
 #include "pseudo_label.h"
 
 #include <ATen/ATen.h>
@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -27,9 +28,9 @@ namespace segadapt {
 namespace {
 
 constexpr int64_t kBlock = 256, kLanes = Vec<float>::lanes;  // pixels
-constexpr int64_t kStrips = 4, kGroup = kStrips * kLanes;    // a class lies in pages of its own: one line from
+constexpr int64_t kGroup = 64, kStrips = kGroup / kLanes;    // a class lies in pages of its own: one line from
 constexpr int64_t kAhead = 128;                              // each at a time reads at two thirds of the speed
-constexpr uint32_t kAllLanes = 0xffff;
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
 // The bilinear weights of a whole axis.
 template <typename T>
@@ -190,7 +191,7 @@ class Upsampler {
     vf best[kStrips];
     for (vf& v : best) v = splat(-std::numeric_limits<float>::infinity());
     for (int64_t c = 0; c < classes_; ++c) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int64_t k = 0; k < kStrips; ++k) {
         const vf v = value(c, k * kLanes);
         store(out + c * kGroup + k * kLanes, v);
@@ -215,7 +216,7 @@ class Upsampler {
       T* out = buffer_[slot].data() + c * stride_;
       int64_t j = 0;
 #if defined(__AVX512F__)
-      if constexpr (std::is_same_v<T, float>) {  // sixteen neighbours need no more than sixteen source pixels
+      if constexpr (std::is_same_v<T, float>) {  // kLanes neighbours need no more than kLanes source pixels
         for (; j + kLanes <= W_ && i1[j + kLanes - 1] - i0[j] < kLanes; j += kLanes) {
           const __m512 pixels = (__m512)load(source.data() + i0[j]);
           const vf a = (vf)_mm512_permutexvar_ps((__m512i)(load_indices(i0 + j) - i0[j]), pixels);
@@ -332,6 +333,17 @@ constexpr float kRough = 0x1p-17f, kSmallestThreshold = 0x1p-100f, kLargestThres
 // A class whose exact quotient may equal the winner's has v_c - B >= l_c - 2 margin: one alone is the winner.
 constexpr float kLargestBest = 64.f;
 
+// Labels from the largest probability p_a and its class a alone, which an earlier pass has found. A quotient p / t of
+// floats rounds to 1 or more exactly where p >= t: the float before t is at most t (1 - u), and 1 - u is a float. So
+// where p_c < t_c for all other classes, the label is a if p_a >= t_a, else 255. With m the smallest of those t_c, that
+// is certain
+//   where p_a < m, as p_c <= p_a;
+//   for softmaxes without a prior where 1 - p_a < m, too, but for rounding. Rounded additions of e >= 0 give at least
+//   what they would with all but e_a and e_c at 0: sum >= (e_a + e_c) (1 - u). Hence p_a + p_c <= (1 + u)^2 / (1 - u) +
+//   2^-149 < 1 + 3.1 u, and 1 + 4.2 u for the mean with the mirrored image's. Computing 1 - m + 8 u adds 1.5 u where m
+//   <= 2 (for larger m every p_c is below m), so p_a > 1 - m + 8 u is enough.
+constexpr float kSumMargin = 0x1p-21f;
+
 inline float label_margin(int64_t classes, float largest_log) {
   return 2 * (kLargestBest + 5 * largest_log + static_cast<float>(3 * classes + 56)) * 0x1p-24f;
 }
@@ -361,7 +373,7 @@ inline vf rough_exp(vf x) {
 #endif
 }
 
-// The two largest values of 16 pixels, and the class of the largest. Values are positive.
+// The two largest values of a strip's pixels, and the class of the largest. Values are positive.
 struct Best {
   vf value{}, second{};
   vi index{};
@@ -374,8 +386,8 @@ struct Best {
   }
 };
 
-// What is found in the classes of 16 pixels: the sum of exp(value - top), the tag of the last class for which value -
-// top is at least near, and the number of these classes.
+// What is found in the classes of a strip's pixels: the sum of exp(value - top), the tag of the last class for which
+// value - top is at least near, and the number of these classes.
 struct Scan {
   vf sum{};
   vi tag{}, count{};
@@ -400,7 +412,7 @@ __attribute__((noinline)) Scan scan_classes(const float* value, int64_t classes,
   return found;
 }
 
-struct Strip {  // 16 pixels: the probabilities of class c are load(value + c * kGroup) * scale
+struct Strip {  // kLanes pixels: the probabilities of class c are load(value + c * kGroup) * scale
   const float* value;
   vf scale;
 
@@ -628,11 +640,13 @@ class Probabilities {
 // For each image and block of its rows, one after the other: visit(probabilities with a strip selected, offset of its
 // first pixel in the block, number of pixels) for all strips, in several threads where parallel; then finish(image,
 // first row, number of rows). offset: see Probabilities. start: called before all of it with the pixels of a block.
-template <typename Start, typename Visit, typename Finish>
+// done(offset of the first pixel in the block, number of pixels): whether a group needs no visit, nor its logits.
+template <typename Start, typename Done, typename Visit, typename Finish>
 void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const float* offset, const Start& start,
-                    const Visit& visit, const Finish& finish) {
+                    const Done& done, const Visit& visit, const Finish& finish) {
   const int64_t H = size[0], W = size[1], threads = parallel ? at::get_num_threads() : 1;
   const int64_t share = std::min((H + threads - 1) / threads, std::max<int64_t>(1, kTaskPixels / W));  // rows
+  const int64_t groups = (W + kGroup - 1) / kGroup;
   const AxisTable<float> rows(maps.logits.size(2), H, maps.align_corners),
       columns(maps.logits.size(3), W, maps.align_corners);
   start(std::min(H, threads * share) * W);
@@ -664,10 +678,19 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const
         at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
           for (int64_t k = first; k < last; ++k) {
             const int64_t end = std::min(block_end, block + (k + 1) * share);
+            std::vector<char> skipped;  // of the rows that take turns: groups, row by row
             for (int64_t y = block + k * share, next; y < end; y = next) {
               next = end_of_turns(y, end);
-              for (int64_t i = 0; i < W; i += kGroup) {
-                for (int64_t row = y; row < next; ++row) visit_group(sources[k], row, i);
+              skipped.clear();
+              for (int64_t row = y; row < next; ++row) {
+                for (int64_t i = 0; i < W; i += kGroup) {
+                  skipped.push_back(done((row - block) * W + i, std::min(kGroup, W - i)));
+                }
+              }
+              for (int64_t i = 0; i < groups; ++i) {
+                for (int64_t row = y; row < next; ++row) {
+                  if (!skipped[(row - y) * groups + i]) visit_group(sources[k], row, i * kGroup);
+                }
               }
             }
           }
@@ -680,7 +703,7 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const
   TORCH_CHECK_VALUE(finite, "logits (or the prior) hold NaN or infinite values");
 }
 
-// Stores n of 16 values; a call of memcpy for each strip would cost as much as a class does.
+// Stores n of kLanes values; a call of memcpy for each strip would cost as much as a class does.
 template <typename V, typename T>
 inline void store_strip(T* out, const V& values, int64_t n) {
   static_assert(sizeof(V) == kLanes * sizeof(T));
@@ -691,10 +714,7 @@ inline void store_strip(T* out, const V& values, int64_t n) {
   }
 }
 
-inline void store_labels(uint8_t* out, vi index, int64_t n) {
-  using bytes = uint8_t __attribute__((vector_size(kLanes)));
-  store_strip(out, __builtin_convertvector(index, bytes), n);
-}
+inline void store_labels(uint8_t* out, vi index, int64_t n) { store_strip(out, to_bytes(index), n); }
 
 // ---- thresholds -----------------------------------------------------------------------------------------------------
 
@@ -714,8 +734,22 @@ Counter counter(at::Tensor& hist, const std::optional<at::Tensor>& bins) {
   return {hist.mutable_data_ptr<int64_t>(), hist.size(1), bins ? bins->const_data_ptr<int64_t>() : nullptr};
 }
 
-// Every rate-th pixel of each class of an image in raster order, a piece after the other. Neighbours mostly have one
-// class, so work goes by runs of equal labels.
+// Where the run of equal labels that begins at i ends. Neighbours mostly have one class, so work goes by such runs.
+inline int64_t end_of_run(const uint8_t* label, int64_t i, int64_t pixels) {
+  const uint64_t eight = label[i] * 0x0101010101010101u;
+  int64_t stop = i + 1;
+  for (; stop + 8 <= pixels; stop += 8) {
+    uint64_t differs;
+    std::memcpy(&differs, label + stop, 8);
+    differs ^= eight;
+    if (differs && std::endian::native == std::endian::little) return stop + std::countr_zero(differs) / 8;
+    if (differs) break;
+  }
+  while (stop < pixels && label[stop] == label[i]) ++stop;
+  return stop;
+}
+
+// Every rate-th pixel of each class of an image in raster order, a piece after the other.
 class Sampler {
  public:
   Sampler(const Counter& count, int64_t classes, int64_t rate, bool sample)
@@ -726,20 +760,9 @@ class Sampler {
   void add(const uint8_t* label, const float* confidence, int64_t pixels) {
     for (int64_t i = 0, stop; i < pixels; i = stop) {
       const uint8_t c = label[i];
-      const uint64_t eight = c * 0x0101010101010101u;
-      uint64_t differs = 0;
-      for (stop = i + 1; stop + 8 <= pixels; stop += 8) {
-        std::memcpy(&differs, label + stop, 8);
-        differs ^= eight;
-        if (differs) break;
-      }
-      if (std::endian::native == std::endian::little && differs) {
-        stop += std::countr_zero(differs) / 8;
-      } else {
-        while (stop < pixels && label[stop] == c) ++stop;
-      }
+      stop = end_of_run(label, i, pixels);
       if (!count_.bins) count_.hist[c * count_.width + kPixels] += stop - i;
-      if (!sample_) continue;
+      if (!sample_ || c >= skip_.size()) continue;
       int64_t next = i + skip_[c];
       for (; next < stop; next += rate_) count_(c, confidence[next]);
       skip_[c] = next - stop;
@@ -774,7 +797,7 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
                                                          bool return_maps) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
   const int64_t C = logits.size(1), N = logits.size(0), H = size[0], W = size[1];
-  check_histogram(hist, bins, logits, rate);
+  check_histogram(hist, bins, C, logits.device(), rate);
   const Counter count = counter(hist, bins);
   const bool rough = bins && !own && !return_maps && !probabilities;
   std::vector<int32_t> tags(C);
@@ -795,6 +818,7 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   // Counters are shared: a class's own probabilities are counted by one thread, everything else after a block.
   for_each_strip(
       maps, size, !own, zeros.data(), [&](int64_t block) { return_maps ? make_maps({N, H, W}) : make_maps({block}); },
+      [](int64_t, int64_t) { return false; },
       [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
         vf best{};
         vi index{};
@@ -823,6 +847,20 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
       });
   if (!return_maps) make_maps({0});
   return {label, confidence};
+}
+
+void refine_from_maps_(at::Tensor& fine, const at::Tensor& bins, const at::Tensor& label, const at::Tensor& confidence,
+                       int64_t rate) {
+  check_histogram(fine, bins, fine.size(0), label.device(), rate);
+  const Known known = checked(label, confidence, label.device());
+  const Counter count = counter(fine, bins);
+  Sampler sampler(count, fine.size(0), rate, true);
+  const int64_t area = label.size(1) * label.size(2);
+  for (int64_t n = 0; n < label.size(0); ++n) {
+    sampler.start_image();
+    sampler.add(known.label.const_data_ptr<uint8_t>() + n * area, known.confidence.const_data_ptr<float>() + n * area,
+                area);
+  }
 }
 
 // ---- labels ---------------------------------------------------------------------------------------------------------
@@ -861,10 +899,56 @@ void exact_labels(const Strip& p, const Thresholds& thresholds, int64_t classes,
   }
 }
 
+// Labels of the pixels for which the largest probability tells; see kSumMargin.
+class KnownLabels {
+ public:
+  KnownLabels(const Known& known, const Thresholds& thresholds, int64_t classes, bool sum_to_one)
+      : label_(known.label.const_data_ptr<uint8_t>()), confidence_(known.confidence.const_data_ptr<float>()) {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    for (int64_t a = 0; a < classes; ++a) {
+      float others = infinity;
+      for (int64_t c = 0; c < classes; ++c) others = c == a ? others : std::min(others, thresholds.t[c]);
+      limits_[a] = {others, sum_to_one ? (1.f - others) + kSumMargin : infinity, thresholds.t[a]};
+    }
+  }
+
+  // Writes the labels of n pixels; false where one of them does not tell.
+  bool operator()(int64_t first, int64_t n, uint8_t* out) const {
+    const uint8_t* label = label_ + first;
+    const float* confidence = confidence_ + first;
+    int32_t open = 0;
+    for (int64_t i = 0, stop; i < n; i = stop) {
+      stop = end_of_run(label, i, n);
+      const uint8_t a = label[i];
+      const Limits limit = limits_[a];
+      for (int64_t j = i; j < stop; ++j) {
+        const float p = confidence[j];
+        open |= !(p < limit.below) & !(p > limit.above);
+        out[j] = p >= limit.threshold ? a : 255;
+      }
+    }
+    return !open;
+  }
+
+  void advance(int64_t pixels) { label_ += pixels, confidence_ += pixels; }
+
+ private:
+  struct Limits {  // certain below the one and above the other; by default nowhere
+    float below = -std::numeric_limits<float>::infinity(), above = std::numeric_limits<float>::infinity(),
+          threshold = 1.f;
+  };
+
+  const uint8_t* label_;
+  const float* confidence_;
+  std::array<Limits, 256> limits_;  // of each label, and of those that are no class
+};
+
 at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
                         const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,
+                        const std::optional<at::Tensor>& known_label, const std::optional<at::Tensor>& known_confidence,
                         at::IntArrayRef size, bool align_corners, bool probabilities) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
+  const std::optional<Known> known = checked(known_label, known_confidence, logits, size);
   const int64_t C = logits.size(1);
   check_thresholds(thresholds_, logits);
   const at::Tensor values = thresholds_.contiguous();
@@ -873,8 +957,11 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
   std::iota(classes.begin(), classes.end(), 0);
   at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
   uint8_t* y = label.mutable_data_ptr<uint8_t>();
+  std::optional<KnownLabels> known_labels;
+  if (known) known_labels.emplace(*known, thresholds, C, !probabilities && !prior);
   for_each_strip(
       maps, size, true, thresholds.log.data(), [](int64_t) {},
+      [&](int64_t first, int64_t n) { return known_labels && (*known_labels)(first, n, y + first); },
       [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
         const uint32_t lanes = kAllLanes >> (kLanes - n);
         if (thresholds.rough && source.plain()) {
@@ -888,7 +975,10 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
         }
         exact_labels(source.exact(), thresholds, C, n, y + first);
       },
-      [&](int64_t, int64_t, int64_t rows) { y += rows * size[1]; });
+      [&](int64_t, int64_t, int64_t rows) {
+        y += rows * size[1];
+        if (known_labels) known_labels->advance(rows * size[1]);
+      });
   return label;
 }
 
@@ -898,5 +988,6 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
 TORCH_LIBRARY_IMPL(segadapt, CPU, m) {
   m.impl("upsample_argmax", segadapt::upsample_argmax);
   m.impl("confidence_histogram_", segadapt::confidence_histogram_);
+  m.impl("refine_from_maps_", segadapt::refine_from_maps_);
   m.impl("pseudo_label", segadapt::pseudo_label);
 }

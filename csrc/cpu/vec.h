@@ -1,5 +1,5 @@
-// Sixteen floats (or eight doubles) at a time in the compilers' portable vector types: AVX-512, AVX2, NEON or plain
-// code.
+// A register of floats (or doubles) at a time in the compilers' portable vector types: AVX-512, AVX2, NEON or plain
+// code. Not more than a register: GCC turns operations on longer vectors into one for each element.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,14 +13,22 @@
 
 namespace segadapt {
 
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 template <class T>
 struct Vec {
-  static constexpr int lanes = 64 / sizeof(T);
-  typedef T type __attribute__((vector_size(64)));
+  static constexpr int lanes = kVectorBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kVectorBytes)));
 };
 using vf = Vec<float>::type;
 using vd = Vec<double>::type;
-using vi = int32_t __attribute__((vector_size(64)));
+using vi = int32_t __attribute__((vector_size(kVectorBytes)));
 
 template <class T>
 inline typename Vec<T>::type load(const T* p) {
@@ -68,21 +76,32 @@ inline uint32_t mask_ge(vf a, vf b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
 #elif defined(__AVX2__)
-  __m256 x[2], y[2];
-  std::memcpy(x, &a, sizeof a);
-  std::memcpy(y, &b, sizeof b);
-  return _mm256_movemask_ps(_mm256_cmp_ps(x[0], y[0], _CMP_GE_OQ)) |
-         _mm256_movemask_ps(_mm256_cmp_ps(x[1], y[1], _CMP_GE_OQ)) << 8;
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
 #else
   uint32_t bits = 0;
-  for (int l = 0; l < 16; l++) bits |= uint32_t(a[l] >= b[l]) << l;
+  for (int l = 0; l < Vec<float>::lanes; l++) bits |= uint32_t(a[l] >= b[l]) << l;
   return bits;
 #endif
 }
 inline uint32_t mask_ge(vd a, vd b) {
   uint32_t bits = 0;
-  for (int l = 0; l < 8; l++) bits |= uint32_t(a[l] >= b[l]) << l;
+  for (int l = 0; l < Vec<double>::lanes; l++) bits |= uint32_t(a[l] >= b[l]) << l;
   return bits;
+}
+
+using Bytes = uint8_t __attribute__((vector_size(Vec<float>::lanes)));
+
+// Values of 0 to 255 as bytes. (GCC would take the conversion apart, too.)
+inline Bytes to_bytes(vi v) {
+#if defined(__AVX512F__)
+  return __builtin_bit_cast(Bytes, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i all = (__m256i)v;
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  return __builtin_bit_cast(Bytes, _mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+#else
+  return __builtin_convertvector(v, Bytes);
+#endif
 }
 
 // ---- arithmetic.h for vectors ---------------------------------------------------------------------------------------
@@ -93,16 +112,12 @@ inline vf fused(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__) && defined(__FMA__)
-  __m256 x[2], y[2], z[2];
-  std::memcpy(x, &a, sizeof a);
-  std::memcpy(y, &b, sizeof b);
-  std::memcpy(z, &c, sizeof c);
-  for (int half = 0; half < 2; ++half) x[half] = _mm256_fmadd_ps(x[half], y[half], z[half]);
-  std::memcpy(&a, x, sizeof a);
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  for (int l = 0; l < Vec<float>::lanes; ++l) a[l] = fused(a[l], b[l], c[l]);
   return a;
 #else
-  for (int l = 0; l < 16; ++l) a[l] = fused(a[l], b[l], c[l]);
-  return a;
+  return a * b + c;
 #endif
 }
 
@@ -110,13 +125,9 @@ inline vf floor_of(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_floor_ps((__m512)x);
 #elif defined(__AVX2__)
-  __m256 half[2];
-  std::memcpy(half, &x, sizeof x);
-  for (auto& h : half) h = _mm256_floor_ps(h);
-  std::memcpy(&x, half, sizeof x);
-  return x;
+  return (vf)_mm256_floor_ps((__m256)x);
 #else
-  for (int l = 0; l < 16; ++l) x[l] = std::floor(x[l]);
+  for (int l = 0; l < Vec<float>::lanes; ++l) x[l] = std::floor(x[l]);
   return x;
 #endif
 }
@@ -125,7 +136,7 @@ inline vi as_bits(vf x) { return __builtin_bit_cast(vi, x); }
 inline vf from_bits(vi x) { return __builtin_bit_cast(vf, x); }
 
 inline vd exp_negative(vd x) {
-  for (int l = 0; l < 8; l++) x[l] = std::exp(x[l]);
+  for (int l = 0; l < Vec<double>::lanes; l++) x[l] = std::exp(x[l]);
   return x;
 }
 

@@ -22,6 +22,7 @@
 #include <limits>
 
 #include "association.h"
+#include "cuda/warp.h"
 #include "exponential.h"
 
 namespace segadapt {
@@ -29,12 +30,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kPanelBytes = 64 << 20;  // of products: a GPU's kernels want millions of values at once
 constexpr int64_t kChunkRows = 64;         // of a panel, which a column's thread goes down
-constexpr unsigned kAll = 0xffffffffu;
-
-int64_t blocks_for(int64_t items, int64_t items_per_block) { return (items + items_per_block - 1) / items_per_block; }
 
 // ---- argmax ---------------------------------------------------------------------------------------------------------
 
@@ -73,18 +70,6 @@ View<T> view(const Side<T>& side) {
           side.exact.template mutable_data_ptr<double>(),
           side.index.template mutable_data_ptr<int64_t>(),
           side.x.size(0)};
-}
-
-// Float64 dot product of x / nx and y / ny by one warp, in the order of csrc/cpu/argmax.h: lane l < 16 sums
-// k mod 16 = l. Every lane gets it.
-template <class T>
-__device__ double exact_dot(const T* x, T nx, const T* y, T ny, int64_t c) {
-  const int lane = threadIdx.x % 32;
-  double sum = 0;
-  if (lane < 16)
-    for (int64_t k = lane; k < c; k += 16) sum = __dadd_rn(sum, __dmul_rn(double(x[k] / nx), double(y[k] / ny)));
-  for (int step = 8; step; step /= 2) sum = __dadd_rn(sum, __shfl_down_sync(kAll, sum, step));
-  return __shfl_sync(kAll, sum, 0);
 }
 
 // A warp for each row: its norm and a hash of its bits.

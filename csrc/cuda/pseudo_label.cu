@@ -318,7 +318,7 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
                                                          bool align_corners, bool probabilities, int64_t rate, bool own,
                                                          bool return_maps) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
-  check_histogram(hist, bins, logits, rate);
+  check_histogram(hist, bins, logits.size(1), logits.device(), rate);
   const c10::cuda::CUDAGuard guard(logits.device());
   at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
   at::Tensor confidence = at::empty(label.sizes(), logits.options().dtype(at::kFloat));
@@ -335,6 +335,14 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   count_images(hist, bins, label, confidence, rate, !own);
   if (!return_maps) label = label.new_empty({0}), confidence = confidence.new_empty({0});
   return {label, confidence};
+}
+
+void refine_from_maps_(at::Tensor& fine, const at::Tensor& bins, const at::Tensor& label, const at::Tensor& confidence,
+                       int64_t rate) {
+  check_histogram(fine, bins, fine.size(0), label.device(), rate);
+  const Known known = checked(label, confidence, label.device());
+  const c10::cuda::CUDAGuard guard(label.device());
+  if (label.numel()) count_images(fine, bins, known.label, known.confidence, rate, true);
 }
 
 // ---- labels ---------------------------------------------------------------------------------------------------------
@@ -354,8 +362,10 @@ __global__ void pseudo_label_kernel(Source<S> source, int area, const float* thr
 
 at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
                         const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,
+                        const std::optional<at::Tensor>& known_label, const std::optional<at::Tensor>& known_confidence,
                         at::IntArrayRef size, bool align_corners, bool probabilities) {
   const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
+  checked(known_label, known_confidence, logits, size);  // and not used: the logits tell as much
   check_thresholds(thresholds_, logits);
   const c10::cuda::CUDAGuard guard(logits.device());
   const at::Tensor thresholds = thresholds_.contiguous();
@@ -380,5 +390,6 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
 TORCH_LIBRARY_IMPL(segadapt, CUDA, m) {
   m.impl("upsample_argmax", segadapt::upsample_argmax);
   m.impl("confidence_histogram_", segadapt::confidence_histogram_);
+  m.impl("refine_from_maps_", segadapt::refine_from_maps_);
   m.impl("pseudo_label", segadapt::pseudo_label);
 }

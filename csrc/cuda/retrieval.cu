@@ -15,6 +15,7 @@
 
 #include <cmath>
 
+#include "cuda/warp.h"
 #include "retrieval.h"
 
 namespace segadapt {
@@ -22,21 +23,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kTileRows = 1024, kTileCols = 4096;  // 16 MB of float32 a piece
-constexpr unsigned kAll = 0xffffffffu;
-
-// Float64 dot product by one warp, in the order of csrc/cpu/argmax.h: lane l < 16 sums k mod 16 = l. Every lane gets
-// it.
-template <class T>
-__device__ double exact_dot(const T* x, const T* y, int64_t c) {
-  const int lane = threadIdx.x % 32;
-  double sum = 0;
-  if (lane < 16)
-    for (int64_t k = lane; k < c; k += 16) sum = __dadd_rn(sum, __dmul_rn(double(x[k]), double(y[k])));
-  for (int step = 8; step; step /= 2) sum = __dadd_rn(sum, __shfl_down_sync(kAll, sum, step));
-  return __shfl_sync(kAll, sum, 0);
-}
 
 template <class T>
 struct View {
@@ -48,7 +35,7 @@ struct View {
 // d of one pair, by one warp.
 template <class T>
 __device__ double distance(const View<T>& x, int64_t i, const View<T>& y, int64_t j) {
-  const double dot = exact_dot<T>(x.x + i * x.c, y.x + j * y.c, x.c);
+  const double dot = exact_dot<T>(x.x + i * x.c, 1, y.x + j * y.c, 1, x.c);
   const double d = __dadd_rn(__dadd_rn(x.square[i], y.square[j]), -2 * dot);
   return d > kFloor ? d : kFloor;
 }
@@ -57,7 +44,7 @@ template <class T>
 __global__ void square_kernel(const T* x, int64_t n, int64_t c, double* square) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (i >= n) return;
-  const double s = exact_dot<T>(x + i * c, x + i * c, c);
+  const double s = exact_dot<T>(x + i * c, 1, x + i * c, 1, c);
   if (threadIdx.x % 32 == 0) square[i] = s;
 }
 
@@ -83,7 +70,7 @@ Points<T> make_points(const Tensor& input, const char* name) {
   const int64_t n = input.size(0);
   Points<T> points{input.contiguous(), at::empty({n}, input.options().dtype(at::kDouble))};
   if (n == 0) return points;
-  square_kernel<T><<<(n + kWarps - 1) / kWarps, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+  square_kernel<T><<<blocks_for(n, kWarps), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
       points.x.template const_data_ptr<T>(), n, input.size(1), points.square.template mutable_data_ptr<double>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   const double most = points.square.max().item().toDouble();  // NaN if there is one
@@ -97,7 +84,7 @@ Tensor pairs(const Points<T>& x, const Points<T>& y, const Tensor& i, const Tens
   auto d = at::empty({i.size(0)}, x.square.options());
   if (i.size(0) == 0) return d;
   const auto rows = i.contiguous(), cols = j.contiguous();
-  pair_kernel<T><<<(i.size(0) + kWarps - 1) / kWarps, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+  pair_kernel<T><<<blocks_for(i.size(0), kWarps), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
       x.view(), y.view(), rows.const_data_ptr<int64_t>(), cols.const_data_ptr<int64_t>(), i.size(0),
       d.template mutable_data_ptr<double>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -194,7 +181,7 @@ Tensor rows_of(const Tensor& start, int64_t count) {
   auto row = at::empty({count}, start.options());
   const int64_t rows = start.size(0) - 1;
   if (count == 0) return row;
-  row_kernel<<<(rows + kThreads - 1) / kThreads, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+  row_kernel<<<blocks_for(rows, kThreads), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
       start.const_data_ptr<int64_t>(), rows, row.mutable_data_ptr<int64_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return row;
@@ -236,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> rank_counts(const Tensor& query, const Tensor
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
     const auto left_d = pairs(q, g, rows_of(left_starts, left_items.size(0)), left_items);
-    leave_out_kernel<<<(item.size(0) + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
+    leave_out_kernel<<<blocks_for(item.size(0), kThreads), kThreads, 0, stream>>>(
         row.const_data_ptr<int64_t>(), item.size(0), listed, left_starts.const_data_ptr<int64_t>(),
         left_items.const_data_ptr<int64_t>(), left_d.const_data_ptr<double>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -316,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_pairs(const Tensor& x, const Tensor& y, 
     }
     const auto error = errors(a, b);
     for_each_tile(a, b, [&](const Tile<scalar_t>& tile) {
-      nearest_kernel<scalar_t><<<(tile.rows + kWarps - 1) / kWarps, kThreads, 0, stream>>>(
+      nearest_kernel<scalar_t><<<blocks_for(tile.rows, kWarps), kThreads, 0, stream>>>(
           tile, a.view(), b.view(), k, starts.const_data_ptr<int64_t>(), items.const_data_ptr<int64_t>(),
           error.const_data_ptr<double>(), index.mutable_data_ptr<int64_t>(), d.mutable_data_ptr<double>(),
           farthest.mutable_data_ptr<double>());

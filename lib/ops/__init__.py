@@ -17,6 +17,7 @@ from lib.ops.pseudo_label import (
     predicted_pixels,
     probabilities_at,
     pseudo_label,
+    refine_from_maps_,
     refine_histogram_,
     select_threshold,
     upsample_argmax,
@@ -25,5 +26,6 @@ from lib.ops.retrieval import Lists, Ranks, distances, pair_distances, rank_coun
 
 __all__ = ["CycleAssociation", "Lists", "Ranks", "Thresholds", "backend", "confidence_histogram_",
            "cycle_association_loss", "distances", "mutual_argmax", "new_histogram", "pair_distances",
-           "predicted_pixels", "probabilities_at", "pseudo_label", "rank_counts", "refine_histogram_",
-           "row_rank_counts", "select_threshold", "spatial_aggregate", "topk_pairs", "upsample_argmax", "use"]
+           "predicted_pixels", "probabilities_at", "pseudo_label", "rank_counts", "refine_from_maps_",
+           "refine_histogram_", "row_rank_counts", "select_threshold", "spatial_aggregate", "topk_pairs",
+           "upsample_argmax", "use"]

@@ -88,7 +88,8 @@ def confidence_histogram_(hist: Tensor, logits: Tensor, size: tuple[int, int] | 
     value: "conf" counts a pixel's largest probability for the class predicted there; "prob" counts, for each class, its
         own probability at every ds_rate-th pixel of the image.
     return_maps: returns label [H, W] or [N, H, W] uint8, the first class of the largest probability, and confidence
-        float32, that probability. Without, nothing of the images' size is written, which is faster on the CPU.
+        float32, that probability: what refine_from_maps_ and pseudo_label can use in place of the logits, at 5 bytes a
+        pixel. Without, nothing of the images' size is written, which is faster on the CPU.
 
     Compiled and reference results are equal to the last bit for probabilities given at full size. For logits, exp may
     differ in its last place between them (and between CPU and CUDA), but not between the passes of one implementation.
@@ -108,6 +109,17 @@ def refine_histogram_(fine: Tensor, bins: Tensor, logits: Tensor, size: tuple[in
     Everything else, results included, as in confidence_histogram_, and with the same values.
     """
     return _count(fine, bins, logits, size, align_corners, flipped, prior, probabilities, ds_rate, value, return_maps)
+
+
+def refine_from_maps_(fine: Tensor, bins: Tensor, label: Tensor, confidence: Tensor, *, ds_rate: int = 1) -> None:
+    """refine_histogram_ of value "conf" from the maps that confidence_histogram_ returned; the same counts.
+
+    label, confidence: [H, W] or [N, H, W]. Pixels whose label is no class (255) are left out.
+    Raises ValueError for wrong shapes, dtypes or devices.
+    """
+    label, confidence = _checked_maps((label, confidence), label.shape, label.device)
+    _check_histogram(fine, bins, len(fine), label.device, ds_rate)
+    _refine_from_maps_(fine, bins, label, confidence, ds_rate)
 
 
 def predicted_pixels(hist: Tensor) -> Tensor:
@@ -156,20 +168,26 @@ def select_threshold(hist: Tensor, portion: float, *, fine: Tensor | None = None
 
 
 def pseudo_label(logits: Tensor, thresholds: Tensor, size: tuple[int, int] | None = None, *, align_corners: bool = True,
-                 flipped: Tensor | None = None, prior: Tensor | None = None, probabilities: bool = False) -> Tensor:
+                 flipped: Tensor | None = None, prior: Tensor | None = None, probabilities: bool = False,
+                 maps: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """CBST's labels (Zou et al., ECCV 2018): argmax_c p_c / thresholds_c, 255 where that maximum is below 1.
 
     thresholds: [C] float32, positive. Everything else as in confidence_histogram_.
+    maps: (label, confidence) that confidence_histogram_ returned for the same images and settings. The labels are the
+        same as without; but the CPU reads logits only where the largest probability leaves a label open, and that is
+        rare where every threshold is above 1/2.
     Returns uint8 [H, W] or [N, H, W]; quotients are IEEE divisions in float32, ties go to the lowest class. Neither the
     upsampled logits nor the probabilities are written.
-    Raises ValueError for wrong shapes, dtypes or devices and for NaN or infinity (the CUDA kernel labels such pixels
-    255).
+    Raises ValueError for wrong shapes, dtypes or devices and for NaN or infinity in what is read (the CUDA kernel
+    labels such pixels 255).
     """
     batch, size, flipped, prior = _checked(logits, size, flipped, prior)
     thresholds = torch.as_tensor(thresholds, dtype=torch.float32, device=batch.device)
     if thresholds.shape != batch.shape[1:2] or not bool((thresholds > 0).all()):
         raise ValueError(f"thresholds: expected {batch.shape[1]} positive numbers, got {thresholds.tolist()}")
-    label = _pseudo_label(batch, thresholds, flipped, prior, size, align_corners, probabilities)
+    shape = (*logits.shape[:-3], *size)
+    known = (None, None) if maps is None else _checked_maps(maps, shape, batch.device)
+    label = _pseudo_label(batch, thresholds, flipped, prior, *known, size, align_corners, probabilities)
     return label if logits.dim() == 4 else label[0]
 
 
@@ -191,11 +209,21 @@ def _check_histogram(hist, bins, classes, device, ds_rate):
         raise ValueError(f"histogram: expected contiguous int64 {(classes, width)} (see new_histogram), "
                          f"got {hist.dtype} {tuple(hist.shape)}")
     if hist.device != device or (bins is not None and bins.device != device):
-        raise ValueError(f"the histogram and bins must be on the logits' device: new_histogram({classes}, {device!s})")
+        raise ValueError(f"the histogram and bins must be on the images' device: new_histogram({classes}, {device!s})")
     if bins is not None and (bins.dtype != torch.int64 or bins.shape != (classes,)):
         raise ValueError(f"bins: expected int64 [{classes}] from select_threshold, got {tuple(bins.shape)}")
     if ds_rate < 1:
         raise ValueError(f"ds_rate must be at least 1, not {ds_rate}")
+
+
+def _checked_maps(maps, shape, device):
+    """Label and confidence as [N, H, W]."""
+    label, confidence = maps
+    for name, x, dtype in (("label", label, torch.uint8), ("confidence", confidence, torch.float32)):
+        if x.dtype != dtype or x.shape != shape or x.dim() not in (2, 3) or x.device != device:
+            raise ValueError(f"{name} map: expected {dtype} {tuple(shape)} on {device} from confidence_histogram_, "
+                             f"got {x.dtype} {tuple(x.shape)} on {x.device}")
+    return (label, confidence) if label.dim() == 3 else (label[None], confidence[None])
 
 
 def _checked(logits, size, flipped, prior):
@@ -329,10 +357,25 @@ def _(hist, bins, logits, flipped, prior, size, align_corners, probabilities, ds
     return logits.new_empty(shape, dtype=torch.uint8), logits.new_empty(shape, dtype=torch.float32)
 
 
-@operator("pseudo_label(Tensor logits, Tensor thresholds, Tensor? flipped, Tensor? prior, SymInt[2] size, "
-          "bool align_corners, bool probabilities) -> Tensor label")
-def _pseudo_label(logits, thresholds, flipped, prior, size, align_corners, probabilities):
-    """argmax_c p_c / thresholds_c of a batch, 255 where the maximum is below 1; see pseudo_label."""
+@operator("refine_from_maps_(Tensor(a!) fine, Tensor bins, Tensor label, Tensor confidence, int ds_rate) -> ()")
+def _refine_from_maps_(fine, bins, label, confidence, ds_rate):
+    """label, confidence: [N, H, W]; see refine_from_maps_."""
+    _count_confidences(fine, bins, label, confidence, ds_rate)
+
+
+@_refine_from_maps_.register_fake
+def _(fine, bins, label, confidence, ds_rate):
+    return None
+
+
+@operator("pseudo_label(Tensor logits, Tensor thresholds, Tensor? flipped, Tensor? prior, Tensor? known_label, "
+          "Tensor? known_confidence, SymInt[2] size, bool align_corners, bool probabilities) -> Tensor label")
+def _pseudo_label(logits, thresholds, flipped, prior, known_label, known_confidence, size, align_corners,
+                  probabilities):
+    """argmax_c p_c / thresholds_c of a batch, 255 where the maximum is below 1; see pseudo_label.
+
+    known_label, known_confidence: [N, H, W], both or neither; here they are not used.
+    """
     label = torch.empty((len(logits), *size), dtype=torch.uint8, device=logits.device)
     for n in range(len(logits)):
         mirrored = None if flipped is None else flipped[n]
@@ -343,5 +386,5 @@ def _pseudo_label(logits, thresholds, flipped, prior, size, align_corners, proba
 
 
 @_pseudo_label.register_fake
-def _(logits, thresholds, flipped, prior, size, align_corners, probabilities):
+def _(logits, thresholds, flipped, prior, known_label, known_confidence, size, align_corners, probabilities):
     return logits.new_empty((logits.shape[0], *size), dtype=torch.uint8)
