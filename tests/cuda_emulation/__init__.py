@@ -24,7 +24,7 @@ from lib.ops import build as ops_build
 
 HERE = Path(__file__).parent
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
-LAUNCH = re.compile(r"\b([A-Za-z_]\w*(?:<[^<>;(){}]*>)?)<<<(.*?)>>>\(", re.S)
+LAUNCH = re.compile(r"\b([A-Za-z_]\w*(?:<[^<>;(){}]*>)?)\s*<<<(.*?)>>>\(", re.S)
 SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 
 
