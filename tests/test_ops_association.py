@@ -559,15 +559,26 @@ def test_only_crowded_vectors_take_float32(compiled, cuda):
     assert right and asked[0] == (torch.float16, 93) and asked[1] == (torch.float32, 3) and len(asked) <= 3
 
 
-def test_rounding_to_half_that_errs_on_one_side(compiled, cuda):
-    """All components lie just below the middle of two halfs, or just above: the second best seems better by 2^-10."""
-    middle = (8 + 2 ** -8) / 90  # of unit vectors; a last component completes them
-    below, above = middle * (1 - 5e-5), middle * (1 + 5e-5)
-    x = torch.tensor([[v] * 125 + [(1 - 125 * v * v) ** 0.5] for v in (below, above)], dtype=torch.float64).float()
-    a, b = x[:1], x.flip(0)
-    assert ops.mutual_argmax(a, b)[0] == 1
-    as_half = (90 * b).half().float() @ (90 * a[0]).half().float()
-    assert as_half[0] - as_half[1] > 6  # of 8,100
+def one_sided(case):
+    """A vector, and two of which the first is better by little; but their products in half differ by 7 and more (of
+    8,100) the other way, as components lie just below the middle between neighbours in half, or just above."""
+    e = 1e-5 if case == "of the vector" else 5e-5
+    below, above = (8 + 2 ** -8) * (1 - e), (8 + 2 ** -8) * (1 + e)
+    if case == "of the vector":
+        rows = [[below] * 62 + [above] * 62, [11.25] * 62 + [0] * 62 + [0.12], [0] * 62 + [11.25] * 62 + [0.104]]
+    else:
+        rows = [[below if case == "of all" else 8] * 125, [below] * 125, [above] * 125]
+    rows = [[*row, (8100 - sum(v * v for v in row)) ** 0.5, 0][:126] for row in rows]  # a length of 90
+    rows = torch.tensor(rows, dtype=torch.float64).div(90).float()
+    return rows[:1], rows[1:]
+
+
+@pytest.mark.parametrize("case", ["of all", "of the vector", "of the others"])
+def test_rounding_to_half_that_errs_on_one_side(compiled, cuda, case):
+    a, b = one_sided(case)
+    assert ops.mutual_argmax(a, b)[0] == 0
+    as_half = ((90 * b).half().float() @ (90 * a[0]).half().float()).half()
+    assert as_half[1] - as_half[0] > 6
     right, asked = argmax_with(cuda, in_float32, a, b)
     assert right and asked == [(torch.float16, 1)]
 
@@ -616,3 +627,26 @@ def test_half_products_of_lower_precision_do_not_change_an_index(compiled, cuda)
     for rule in (in_half, in_bfloat16):
         right, asked = argmax_with(cuda, lambda x, y, rule=rule: rule(x, y) if x.dtype == torch.half else x @ y, a, b)
         assert right and [dtype for dtype, _ in asked] == [torch.half, torch.float32]
+
+
+def test_the_loss_may_take_tf32_and_its_indices_do_not(compiled, cuda):
+    """Its own products are as precise as PyTorch is told to make them."""
+    x_s, x_t, y = maps("cos", (1, 64, 9, 11), (1, 64, 8, 12), torch.float32)
+
+    def run(to=lambda x: x):
+        found = ops.cycle_association_loss(to(x_s.detach()), to(x_t.detach()), to(y), alpha=0.0)
+        return found.forward, found.back, found.loss
+
+    def in_tf32(x, y):
+        if x.dtype != torch.float32:
+            return in_float32(x, y)
+        x, y = (((z.contiguous().view(torch.int32) + 0x1000) & ~0x1fff).view(torch.float32) for z in (x, y))
+        return x @ y
+
+    if not cuda.emulated:
+        pytest.skip("a GPU multiplies as it does")
+    want = run()
+    with products(in_tf32):
+        got = cuda.run(run)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert 1e-7 < (got[2] / want[2] - 1).abs() < 1e-3
