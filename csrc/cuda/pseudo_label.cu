@@ -170,6 +170,21 @@ Map<S, T> map_of(const at::Tensor& x, at::IntArrayRef size, bool align_corners, 
           Axis<T>(x.size(3), size[1], align_corners), mirror};
 }
 
+// f(S()), S being what the logits are stored in. Every type has kernels of its own, which take their time to compile.
+template <typename F>
+void with_type_of(const at::Tensor& logits, const F& f) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return f(float());
+    case at::kHalf:
+      return f(at::Half());
+    case at::kBFloat16:
+      return f(at::BFloat16());
+    default:
+      TORCH_CHECK_VALUE(false, "logits: expected a floating dtype, got ", logits.scalar_type());
+  }
+}
+
 // ---- label maps -----------------------------------------------------------------------------------------------------
 
 template <typename S, typename T, bool tiled>
@@ -210,8 +225,8 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
   if (logits.scalar_type() == at::kDouble) {
     upsample_argmax_images<double, double>(logits, size, align_corners, label);
   } else {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "upsample_argmax", [&] {
-      upsample_argmax_images<scalar_t, float>(logits, size, align_corners, label);
+    with_type_of(logits, [&](auto value) {
+      upsample_argmax_images<decltype(value), float>(logits, size, align_corners, label);
     });
   }
   return label;
@@ -272,6 +287,14 @@ struct Softmax {
     }
   }
 };
+
+// Arithmetic is float32, whatever the type: double is rounded first.
+Maps without_double(Maps maps) {
+  if (maps.logits.scalar_type() != at::kDouble) return maps;
+  maps.logits = maps.logits.to(at::kFloat);
+  if (maps.flipped) maps.flipped = maps.flipped->to(at::kFloat);
+  return maps;
+}
 
 template <typename S>
 struct Source {
@@ -432,7 +455,7 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
                                                          const std::optional<at::Tensor>& prior, at::IntArrayRef size,
                                                          bool align_corners, bool probabilities, int64_t rate, bool own,
                                                          bool return_maps) {
-  const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
+  const Maps maps = without_double(checked(logits, flipped, prior, size, align_corners, probabilities));
   check_histogram(hist, bins, logits, rate);
   const c10::cuda::CUDAGuard guard(logits.device());
   at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
@@ -441,13 +464,14 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   const Layout layout = layout_of<float>(logits, size, align_corners, flipped ? 2 : 1);
   const bool keep = logits.size(1) <= kKept;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "confidence_histogram_", [&] {
-    const auto direct = keep ? confidence_kernel<scalar_t, kKept, false> : confidence_kernel<scalar_t, 0, false>;
-    const auto tiled = keep ? confidence_kernel<scalar_t, kKept, true> : confidence_kernel<scalar_t, 0, true>;
+  with_type_of(maps.logits, [&](auto value) {
+    using S = decltype(value);
+    const auto direct = keep ? confidence_kernel<S, kKept, false> : confidence_kernel<S, 0, false>;
+    const auto tiled = keep ? confidence_kernel<S, kKept, true> : confidence_kernel<S, 0, true>;
     const auto kernel = layout.lines ? tiled : direct;
     kernel<<<layout.grid, kThreads, layout.bytes, stream>>>(
-        Source<scalar_t>(maps, size, layout), label.mutable_data_ptr<uint8_t>(), confidence.mutable_data_ptr<float>(),
-        rate, own, Histogram(hist, bins));
+        Source<S>(maps, size, layout), label.mutable_data_ptr<uint8_t>(), confidence.mutable_data_ptr<float>(), rate,
+        own, Histogram(hist, bins));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   count_images(hist, bins, label, confidence, rate, !own);
@@ -474,7 +498,7 @@ __global__ void pseudo_label_kernel(Source<S> source, const float* thresholds, u
 at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
                         const std::optional<at::Tensor>& flipped, const std::optional<at::Tensor>& prior,
                         at::IntArrayRef size, bool align_corners, bool probabilities) {
-  const Maps maps = checked(logits, flipped, prior, size, align_corners, probabilities);
+  const Maps maps = without_double(checked(logits, flipped, prior, size, align_corners, probabilities));
   check_thresholds(thresholds_, logits);
   const c10::cuda::CUDAGuard guard(logits.device());
   const at::Tensor thresholds = thresholds_.contiguous();
@@ -483,12 +507,13 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
   const Layout layout = layout_of<float>(logits, size, align_corners, flipped ? 2 : 1);
   const bool keep = logits.size(1) <= kKept;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, logits.scalar_type(), "pseudo_label", [&] {
-    const auto direct = keep ? pseudo_label_kernel<scalar_t, kKept, false> : pseudo_label_kernel<scalar_t, 0, false>;
-    const auto tiled = keep ? pseudo_label_kernel<scalar_t, kKept, true> : pseudo_label_kernel<scalar_t, 0, true>;
+  with_type_of(maps.logits, [&](auto value) {
+    using S = decltype(value);
+    const auto direct = keep ? pseudo_label_kernel<S, kKept, false> : pseudo_label_kernel<S, 0, false>;
+    const auto tiled = keep ? pseudo_label_kernel<S, kKept, true> : pseudo_label_kernel<S, 0, true>;
     const auto kernel = layout.lines ? tiled : direct;
     kernel<<<layout.grid, kThreads, layout.bytes, stream>>>(
-        Source<scalar_t>(maps, size, layout), thresholds.const_data_ptr<float>(), label.mutable_data_ptr<uint8_t>());
+        Source<S>(maps, size, layout), thresholds.const_data_ptr<float>(), label.mutable_data_ptr<uint8_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return label;
