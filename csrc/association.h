@@ -31,12 +31,27 @@ double product_error(int64_t c, bool low_precision) {
   return full + (low_precision ? 0x1.02p-7 : 0);
 }
 
-// How far below the best tile value the best exact value may lie: twice the error, for a pair, and the rounding of the
-// margin and of the comparison itself.
+// How far below the best tile value the best exact value may lie, in errors: one for each of the pair, and the rounding
+// of the margin and of the comparison itself.
+constexpr double kPair = 2.001;
+
 template <class T>
 double candidate_margin(int64_t c, bool low_precision) {
-  return 2.001 * product_error<T>(c, low_precision);
+  return kPair * product_error<T>(c, low_precision);
 }
+
+// On CUDA, tensor cores find candidates in half where that pays and its error has a bound: for C in this range. Up to
+// kMaxHalfCandidates of a vector are then compared exactly; a vector that has more starts again in float32.
+constexpr int64_t kMinHalfChannels = 64, kMaxHalfChannels = 1 << 16;
+constexpr int kMaxHalfCandidates = 64;
+
+// Unit vectors are multiplied by this before they are rounded to half, so that their products stay below 2^13, where
+// neighbours in half are at most 4 apart.
+constexpr float kHalfScale = 90;
+
+// |tile - exact| / (|x| |y|) of a product of C terms which a tensor core sums in float32, where it cuts what lies below
+// the 24th bit of the largest, and which is then rounded to half. The rounding of the vectors comes on top.
+inline double half_product_error(int64_t c) { return double(c + 16) * 0x1p-23 + 2.0 / (kHalfScale * kHalfScale); }
 
 // Squares and products of norms in this range stay far inside float32's.
 constexpr double kSmallestNorm = 1e-12, kLargestNorm = 1e12;

@@ -1,4 +1,5 @@
 """Cycle association: exact indices, the tiled loss against the direct form, gradients, hostile inputs."""
+import contextlib
 import time
 import warnings
 
@@ -489,3 +490,165 @@ def test_cuda_and_what_has_failed(compiled, cuda):
     assert times[0] < 5 * times[1]  # scored pair by pair, equal rows take hundreds of times as long
     with pytest.raises(ValueError, match="overflowing"):
         cuda.run(lambda to: ops.mutual_argmax(to(torch.full((3, 19), 3e38)), to(torch.ones(2, 19))))
+
+
+# ---- candidates in half ----
+
+def one_ulp_apart(n, c):
+    """Copies of one vector, each but the first with another component moved to the next float."""
+    x = vectors("random", 1, c, 0).repeat(n, 1)
+    i = torch.arange(1, n)
+    x[i, i % c] = torch.nextafter(x[i, i % c], torch.tensor(float("inf")))
+    return x
+
+
+HALF_CASES = {
+    **{kind: (vectors(kind, n1, c, 1), vectors(kind, n2, c, 2))
+       for kind, (n1, n2, c) in {"random": (130, 300, 64), "clustered": (141, 777, 64), "duplicates": (70, 90, 100),
+                                 "ties": (200, 110, 300), "ranges": (65, 41, 300)}.items()},
+    "clustered columns": (vectors("clustered", 777, 64, 1), vectors("clustered", 141, 64, 2)),
+    "subnormal": (vectors("random", 60, 65, 1) * 1e-39, vectors("random", 50, 65, 2) * 1e-39),
+    "small components": (vectors("ranges", 80, 64, 1).t().contiguous(), vectors("ranges", 80, 64, 2).t().contiguous()),
+    "huge": (vectors("random", 60, 65, 1) * 1e37, vectors("random", 50, 65, 2) * 1e37),
+    "one ulp apart": (vectors("random", 40, 64, 1), one_ulp_apart(50, 64)),
+    "too many one ulp apart": (one_ulp_apart(100, 64), one_ulp_apart(90, 64)),
+}
+
+
+@pytest.mark.parametrize("case", HALF_CASES)
+def test_cuda_candidates_in_half_give_the_same_indices(compiled, cuda, case):
+    a, b = HALF_CASES[case]
+    want = ops.mutual_argmax(a, b)
+    assert all(map(torch.equal, cuda.run(lambda to: ops.mutual_argmax(to(a), to(b))), want))
+
+
+@contextlib.contextmanager
+def products(rule):
+    """The emulated kernels' matrix products are rule(x, y), rounded to their dtype; yields (dtype, rows) of each."""
+    asked = []
+
+    def mm(x, y, *, out):
+        asked.append((x.dtype, len(x)))
+        return out.copy_(rule(x, y))
+
+    with warnings.catch_warnings(), torch.library._scoped_library("aten", "IMPL") as library:
+        warnings.simplefilter("ignore")  # that this is an override
+        library.impl("mm.out", mm, "CPU")
+        yield asked
+
+
+def in_float32(x, y):
+    return x.float() @ y.float()
+
+
+def argmax_with(cuda, rule, a, b):
+    """What the emulated kernels find with such products, whether it is right, and the products."""
+    if not cuda.emulated:
+        pytest.skip("a GPU multiplies as it does")
+    want = ops.mutual_argmax(a, b)
+    with products(rule) as asked:
+        got = cuda.run(lambda to: ops.mutual_argmax(to(a), to(b)))
+    return all(map(torch.equal, got, want)), asked
+
+
+def test_only_crowded_vectors_take_float32(compiled, cuda):
+    """Copies of a vector that differ in a unit are too many candidates; what is far from them is not concerned."""
+    crowd, others = one_ulp_apart(100, 64), vectors("random", 150, 64, 3)
+    a = torch.cat([others[:90], crowd[:3]])
+    b = torch.cat([crowd, others + 0.1 * vectors("random", 150, 64, 4)])
+    for x, y in ((a, b), (b, a)):
+        right, asked = argmax_with(cuda, in_float32, x, y)
+        assert right and asked == [(torch.float16, len(x)), (torch.float32, 3)]
+
+
+def one_sided(case):
+    """A vector, and two of which the first is better by little; but their products in half differ by 7 and more (of
+    8,100) the other way, as components lie just below the middle between neighbours in half, or just above."""
+    e = 1e-5 if case == "of the vector" else 5e-5
+    below, above = (8 + 2 ** -8) * (1 - e), (8 + 2 ** -8) * (1 + e)
+    if case == "of the vector":
+        rows = [[below] * 62 + [above] * 62, [11.25] * 62 + [0] * 62 + [0.12], [0] * 62 + [11.25] * 62 + [0.104]]
+    else:
+        rows = [[below if case == "of all" else 8] * 125, [below] * 125, [above] * 125]
+    rows = [[*row, (8100 - sum(v * v for v in row)) ** 0.5, 0][:126] for row in rows]  # a length of 90
+    rows = torch.tensor(rows, dtype=torch.float64).div(90).float()
+    return rows[:1], rows[1:]
+
+
+@pytest.mark.parametrize("case", ["of all", "of the vector", "of the others"])
+def test_rounding_to_half_that_errs_on_one_side(compiled, cuda, case):
+    a, b = one_sided(case)
+    assert ops.mutual_argmax(a, b)[0] == 0
+    as_half = ((90 * b).half().float() @ (90 * a[0]).half().float()).half()
+    assert as_half[1] - as_half[0] > 6
+    right, asked = argmax_with(cuda, in_float32, a, b)
+    assert right and asked == [(torch.float16, 1)]
+
+
+def of_length_90(n, c, seed):
+    """Vectors of integers whose length is 90: times 90, unit vectors that half holds to a float's rounding."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.zeros(n, c)
+    for row in x:
+        places = torch.randperm(c, generator=g)
+        row[places[:40]] = torch.randint(5, 14, (40,), generator=g) * (1.0 - 2 * torch.randint(2, (40,), generator=g))
+        left = 8100 - int(row.square().sum())
+        for place in places[40:]:  # squares that add up to what is missing
+            row[place] = int(left ** 0.5)
+            left -= int(row[place]) ** 2
+    assert (x.square().sum(1) == 8100).all()
+    return x
+
+
+def cut(units):
+    """Products as a tensor core might give them that cuts so many units of 2^-23 from each term, at worst."""
+    return lambda x, y: in_float32(x, y) - units * x.shape[1] * 2 ** -23 * 8100 if x.dtype == torch.half else x @ y
+
+
+def test_the_error_that_half_may_have(compiled, cuda):
+    """At worst as expected, it costs nothing; more is noticed, and float32 decides."""
+    a, b = of_length_90(60, 4096, 1), of_length_90(70, 4096, 2)
+    b[:60] = a  # products of 8,100 and less
+    right, asked = argmax_with(cuda, cut(1), a, b)
+    assert right and [dtype for dtype, _ in asked] == [torch.half]
+    right, asked = argmax_with(cuda, cut(3), a, b)
+    assert right and asked[1:] == [(torch.float32, 60)]
+
+
+def test_half_products_of_lower_precision_do_not_change_an_index(compiled, cuda):
+    """A library that adds up in half, as it may be told to, or that keeps 8 bits of each factor."""
+    a, b = vectors("random", 60, 256, 1), vectors("random", 70, 256, 2)
+    b[:40] = a[:40] + 0.05 * b[:40]
+
+    def in_half(x, y):
+        return sum((x[:, k:k + 1] * y[k:k + 1] for k in range(x.shape[1])), torch.zeros(1, dtype=x.dtype))
+
+    def in_bfloat16(x, y):
+        return x.bfloat16().float() @ y.bfloat16().float()
+
+    for rule in (in_half, in_bfloat16):
+        right, asked = argmax_with(cuda, lambda x, y, rule=rule: rule(x, y) if x.dtype == torch.half else x @ y, a, b)
+        assert right and [dtype for dtype, _ in asked] == [torch.half, torch.float32]
+
+
+def test_the_loss_may_take_tf32_and_its_indices_do_not(compiled, cuda):
+    """Its own products are as precise as PyTorch is told to make them."""
+    x_s, x_t, y = maps("cos", (1, 64, 9, 11), (1, 64, 8, 12), torch.float32)
+
+    def run(to=lambda x: x):
+        found = ops.cycle_association_loss(to(x_s.detach()), to(x_t.detach()), to(y), alpha=0.0)
+        return found.forward, found.back, found.loss
+
+    def in_tf32(x, y):
+        if x.dtype != torch.float32:
+            return in_float32(x, y)
+        x, y = (((z.contiguous().view(torch.int32) + 0x1000) & ~0x1fff).view(torch.float32) for z in (x, y))
+        return x @ y
+
+    if not cuda.emulated:
+        pytest.skip("a GPU multiplies as it does")
+    want = run()
+    with products(in_tf32):
+        got = cuda.run(run)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert 1e-7 < (got[2] / want[2] - 1).abs() < 1e-3

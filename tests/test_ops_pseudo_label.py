@@ -588,30 +588,54 @@ def test_cuda_gives_the_same_histograms_thresholds_and_labels(compiled, cuda, na
     assert all(map(torch.equal, cuda.run(run), run()))
 
 
+def all_passes(logits, kwargs, size, to=lambda x: x):
+    """Labels, confidences, histograms, thresholds and pseudo-labels of logits."""
+    moved = {k: to(v) if torch.is_tensor(v) else v for k, v in kwargs.items()}
+    hist, fine = (to(ops.new_histogram(logits.shape[1], fine=fine)) for fine in (False, True))
+    label, confidence = ops.confidence_histogram_(hist, to(logits), size, ds_rate=3, **moved)
+    bins = ops.select_threshold(hist, 0.3).bins
+    again = ops.refine_histogram_(fine, bins, to(logits), size, ds_rate=3, **moved)
+    assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
+    counted = to(ops.new_histogram(logits.shape[1], fine=True))
+    ops.refine_from_maps_(counted, bins, label, confidence, ds_rate=3)
+    assert torch.equal(counted, fine)
+    value = ops.select_threshold(hist, 0.3, fine=fine).value
+    found = ops.pseudo_label(to(logits), value, size, **moved)
+    assert torch.equal(ops.pseudo_label(to(logits), value, size, maps=(label, confidence), **moved), found)
+    return [label, confidence, hist, fine, value, found]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("classes", [9, 21])  # in registers, and not
 def test_cuda_gives_the_bits_of_the_cpu(compiled, cuda, options, classes):
-    """Labels, confidences, histograms, thresholds and pseudo-labels of logits: one exponential serves both."""
+    """One exponential serves both."""
     for shape, size in (((2, classes, 9, 21), (47, 130)), ((1, classes, 20, 150), (20, 150))):
+        arguments = *logits_and(options, shape, size), size
+        assert all(map(torch.equal, cuda.run(lambda to, a=arguments: all_passes(*a, to)), all_passes(*arguments)))
+
+
+# Tiles are 32 x 8: whole ones, a pixel more, a single row or column of logits; strides of 8, 4, 2 and odd ones, and
+# nearly 1; 128 classes at stride 8 fill shared memory, 129 do not fit; rows that are kept or fewer, so no tiles.
+TILES = [((2, 19, 3, 5), (24, 40)), ((1, 20, 3, 9), (9, 33)), ((1, 21, 4, 8), (16, 32)), ((1, 5, 20, 20), (41, 39)),
+         ((1, 3, 1, 9), (17, 65)), ((1, 3, 9, 1), (65, 1)), ((1, 4, 1, 1), (7, 31)), ((1, 19, 7, 5), (23, 39)),
+         ((1, 20, 31, 3), (32, 35)), ((1, 128, 3, 4), (24, 32)), ((1, 129, 3, 4), (24, 32)), ((1, 5, 9, 7), (9, 50)),
+         ((1, 5, 20, 7), (9, 50))]
+DTYPES_OF_TILES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("case", range(len(TILES)), ids=lambda case: str(TILES[case]))
+def test_cuda_gives_the_bits_of_the_cpu_in_tiles(compiled, cuda, case):
+    shape, size = TILES[case]
+    for i in (0, 1):  # both alignments; of options and dtypes, each size has two
+        options = {"align_corners": bool(i), "flip": (case + i) % 2 == 0, "prior": (case + i) % 3 == 0}
         logits, kwargs = logits_and(options, shape, size)
-
-        def run(to=lambda x: x, logits=logits, size=size, kwargs=kwargs):
-            moved = {k: to(v) if torch.is_tensor(v) else v for k, v in kwargs.items()}
-            hist, fine = (to(ops.new_histogram(classes, fine=fine)) for fine in (False, True))
-            label, confidence = ops.confidence_histogram_(hist, to(logits), size, ds_rate=3, **moved)
-            bins = ops.select_threshold(hist, 0.3).bins
-            again = ops.refine_histogram_(fine, bins, to(logits), size, ds_rate=3, **moved)
-            assert torch.equal(again[0], label) and torch.equal(again[1], confidence)
-            counted = to(ops.new_histogram(classes, fine=True))
-            ops.refine_from_maps_(counted, bins, label, confidence, ds_rate=3)
-            assert torch.equal(counted, fine)
-            value = ops.select_threshold(hist, 0.3, fine=fine).value
-            found = ops.pseudo_label(to(logits), value, size, **moved)
-            known = ops.pseudo_label(to(logits), value, size, maps=(label, confidence), **moved)
-            assert torch.equal(known, found)
-            return [label, confidence, hist, fine, value, found]
-
-        assert all(map(torch.equal, cuda.run(run), run()))
+        dtype = DTYPES_OF_TILES[(case + 2 * i) % 4]
+        kwargs = {k: v.to(dtype) if k == "flipped" else v for k, v in kwargs.items()}
+        logits = logits.to(dtype)
+        want, got = all_passes(logits, kwargs, size), cuda.run(lambda to, a=(logits, kwargs, size): all_passes(*a, to))
+        assert all(map(torch.equal, got, want)), (options, dtype)
+        label, = cuda.run(lambda to, a=(logits, size, bool(i)): [ops.upsample_argmax(to(a[0]), *a[1:])])
+        assert torch.equal(label, ops.upsample_argmax(logits, size, bool(i))), (options, dtype)
 
 
 def test_cuda_reports_what_is_not_finite(compiled, cuda):

@@ -4,15 +4,18 @@
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -38,23 +41,30 @@ constexpr int64_t kChunkRows = 64;         // of a panel, which a column's threa
 // One side of the product on the host; the names are those of csrc/cpu/argmax.h.
 template <class T>
 struct Side {
-  Tensor x;        // [N, C] contiguous: what exact products take, over norm
-  Tensor tiled;    // what panels take: unit vectors, or x brought into the range of products
-  Tensor norm;     // divisor of the exact product
-  Tensor to_tile;  // what turns an exact product into the panel's value
-  Tensor length;   // norm of the rows of tiled
+  Form form;
+  Tensor x;         // [N, C] contiguous: what exact products take, over norm
+  Tensor measured;  // norm of the rows of x
+  Tensor norm;      // divisor of the exact product
+  Tensor first;     // the lowest index of the same values: repetitions share its answer, and are none
+  // For panels:
+  Tensor tiled;     // what they take: unit vectors, or x brought into the range of products
+  Tensor to_tile;   // what turns an exact product into the panel's value
+  Tensor length;    // norm of the rows of tiled, or more
+  Tensor rounding;  // norm of what rounding them to half took from them
+  // What was found:
   Tensor margin, best, exact, index;
-  Tensor first;  // the lowest index of the same values: repetitions share its answer, and are none
+  Tensor candidates;  // int32: how many there were
 };
 
 // The same in a kernel.
 template <class T>
 struct View {
-  const T *x, *norm, *to_tile, *length, *margin;
+  const T *x, *norm, *to_tile, *length, *rounding, *margin;
   const int64_t* first;
   T* best;        // the largest panel value
   double* exact;  // the largest float64 value, and where
   int64_t* index;
+  int* candidates;
   int64_t n;
 };
 
@@ -64,11 +74,13 @@ View<T> view(const Side<T>& side) {
           side.norm.template const_data_ptr<T>(),
           side.to_tile.template const_data_ptr<T>(),
           side.length.template const_data_ptr<T>(),
+          side.rounding.template const_data_ptr<T>(),
           side.margin.template const_data_ptr<T>(),
           side.first.template const_data_ptr<int64_t>(),
           side.best.template mutable_data_ptr<T>(),
           side.exact.template mutable_data_ptr<double>(),
           side.index.template mutable_data_ptr<int64_t>(),
+          side.candidates.template mutable_data_ptr<int>(),
           side.x.size(0)};
 }
 
@@ -134,8 +146,7 @@ Tensor to_range(const Tensor& norm) {
 // Throws ValueError on NaN, infinity and norms that the dtype does not hold.
 template <class T>
 Side<T> make_side(const Tensor& input, Form form, const char* name) {
-  Side<T> side;
-  side.x = input.contiguous();
+  Side<T> side{form, input.contiguous()};
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t n = input.size(0), c = input.size(1);
   const T* x = side.x.template const_data_ptr<T>();
@@ -150,19 +161,54 @@ Side<T> make_side(const Tensor& input, Form form, const char* name) {
                                                                   order.template const_data_ptr<int64_t>(),
                                                                   side.first.template mutable_data_ptr<int64_t>());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const Tensor ones = at::ones_like(norm);
-  if (form == Form::unit) {
-    side.norm = at::where(norm > 0, norm, ones);
-    side.to_tile = ones;
+  side.measured = norm;
+  side.norm = form == Form::unit ? at::where(norm > 0, norm, 1) : at::ones_like(norm);
+  return side;
+}
+
+// For panels in T.
+template <class T>
+void set_tiles(Side<T>& side) {
+  const Tensor& norm = side.measured;
+  side.rounding = at::zeros_like(norm);
+  if (side.form == Form::unit) {
+    side.to_tile = at::ones_like(norm);
     side.tiled = side.x / side.norm.unsqueeze(1);
     side.length = (norm > 0).to(norm.scalar_type());
   } else {
-    side.norm = ones;
-    side.to_tile = to_range<T>(form == Form::left ? norm : norm.max().expand({n}).contiguous());
+    side.to_tile = to_range<T>(side.form == Form::left ? norm : norm.max().expand_as(norm).contiguous());
     side.tiled = side.x * side.to_tile.unsqueeze(1);
     side.length = norm * side.to_tile;
   }
-  return side;
+}
+
+// A warp for each row: the unit vector in half, and the norm of what that took from it.
+__global__ void to_half_kernel(const float* x, const float* norm, int64_t n, int64_t c, at::Half* tiled,
+                               float* rounding) {
+  const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (i >= n) return;
+  double square = 0;
+  for (int64_t k = i * c + threadIdx.x % 32; k < (i + 1) * c; k += 32) {
+    const double value = double(x[k] / norm[i]) * kHalfScale;
+    tiled[k] = at::Half(float(value));
+    const double taken = value - double(float(tiled[k]));
+    square += taken * taken;
+  }
+  for (int step = 16; step; step /= 2) square += __shfl_xor_sync(kAll, square, step);
+  if (threadIdx.x % 32 == 0) rounding[i] = float(1.001 * sqrt(square));
+}
+
+// For panels in half, of unit vectors.
+void set_half_tiles(Side<float>& side) {
+  const int64_t n = side.x.size(0);
+  side.tiled = at::empty(side.x.sizes(), side.x.options().dtype(at::kHalf));
+  side.rounding = at::empty_like(side.norm);
+  to_half_kernel<<<blocks_for(n, kWarps), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      side.x.const_data_ptr<float>(), side.norm.const_data_ptr<float>(), n, side.x.size(1),
+      side.tiled.mutable_data_ptr<at::Half>(), side.rounding.mutable_data_ptr<float>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  side.to_tile = at::full_like(side.norm, kHalfScale);
+  side.length = (side.measured > 0).to(at::kFloat) * kHalfScale + side.rounding;
 }
 
 __device__ void keep(double& exact, int64_t& index, double value, int64_t j) {
@@ -176,55 +222,60 @@ __device__ double rescore(const View<T>& mine, int64_t i, const View<T>& others,
                           double error, int* imprecise) {
   const double value = exact_dot<T>(mine.x + i * c, mine.norm[i], others.x + j * c, others.norm[j], c);
   const double expected = value * double(mine.to_tile[i]) * double(others.to_tile[j]);
-  const double bound =
-      error * double(mine.length[i]) * double(others.length[j]) + double(std::numeric_limits<T>::min());
+  const double bound = error * double(mine.length[i]) * double(others.length[j]) +
+                       double(mine.rounding[i]) * double(others.length[j]) +
+                       double(mine.length[i]) * double(others.rounding[j]) + double(std::numeric_limits<T>::min());
   if (threadIdx.x % 32 == 0 && abs(double(panel_value) - expected) > bound) atomicAdd(imprecise, 1);
   return value;
 }
 
 // A warp for each row of the panel s [rows, cols.n]: the maximum, then float64 for all that the margin does not
-// exclude.
-template <class T>
-__global__ void row_kernel(const T* s, int64_t row0, int64_t count, View<T> rows, View<T> cols, int64_t c, double error,
-                           int* imprecise) {
+// exclude, unless they are more than most. P: type of the panel.
+template <class T, class P>
+__global__ void row_kernel(const P* s, int64_t row0, int64_t count, View<T> rows, View<T> cols, int64_t c, double error,
+                           int most, int* imprecise) {
   const int64_t r = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, i = row0 + r;
   const int lane = threadIdx.x % 32;
   if (r >= count || rows.first[i] != i) return;
-  const T* p = s + r * cols.n;
+  const P* p = s + r * cols.n;
   T top = -INFINITY;
-  for (int64_t j = lane; j < cols.n; j += 32) top = max(top, p[j]);
+  for (int64_t j = lane; j < cols.n; j += 32) top = max(top, T(p[j]));
   for (int step = 16; step; step /= 2) top = max(top, __shfl_xor_sync(kAll, top, step));
   const T limit = top - rows.margin[i];
   double exact = -INFINITY;
   int64_t index = 0;
-  for (int64_t j0 = 0; j0 < cols.n; j0 += 32) {
+  int candidates = 0;
+  for (int64_t j0 = 0; j0 < cols.n && candidates <= most; j0 += 32) {
     const int64_t j = j0 + lane;
-    unsigned hits = __ballot_sync(kAll, j < cols.n && p[j] >= limit && cols.first[j] == j);
-    for (; hits; hits &= hits - 1) {
+    unsigned hits = __ballot_sync(kAll, j < cols.n && T(p[j]) >= limit && cols.first[j] == j);
+    candidates += __popc(hits);
+    for (; hits && candidates <= most; hits &= hits - 1) {
       const int64_t at = j0 + __ffs(hits) - 1;
-      keep(exact, index, rescore(rows, i, cols, at, p[at], c, error, imprecise), at);
+      keep(exact, index, rescore(rows, i, cols, at, T(p[at]), c, error, imprecise), at);
     }
   }
-  if (lane == 0) keep(rows.exact[i], rows.index[i], exact, index);
+  if (lane > 0) return;
+  keep(rows.exact[i], rows.index[i], exact, index);
+  rows.candidates[i] = candidates;
 }
 
 // The panel's maxima by column, for each chunk of kChunkRows rows: top [chunks, cols].
-template <class T>
-__global__ void col_top_kernel(const T* s, int64_t count, int64_t cols, T* top) {
+template <class T, class P>
+__global__ void col_top_kernel(const P* s, int64_t count, int64_t cols, T* top) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x, chunk = blockIdx.y;
   if (j >= cols) return;
   T highest = -INFINITY;
   for (int64_t r = chunk * kChunkRows; r < min(count, (chunk + 1) * kChunkRows); r++) {
-    highest = max(highest, s[r * cols + j]);
+    highest = max(highest, T(s[r * cols + j]));
   }
   top[chunk * cols + j] = highest;
 }
 
 // The same grid again: a lane for each column goes down its chunk, the warp scores the candidates of its 32 columns.
 // exact, index [chunks, cols]: each chunk's best.
-template <class T>
-__global__ void col_kernel(const T* s, int64_t row0, int64_t count, View<T> rows, View<T> cols, int64_t c, double error,
-                           const T* top, int64_t chunks, double* exact, int64_t* index, int* imprecise) {
+template <class T, class P>
+__global__ void col_kernel(const P* s, int64_t row0, int64_t count, View<T> rows, View<T> cols, int64_t c, double error,
+                           int most, const T* top, int64_t chunks, double* exact, int64_t* index, int* imprecise) {
   const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x, chunk = blockIdx.y;
   const int lane = threadIdx.x % 32;
   const bool inside = j < cols.n && cols.first[min(j, cols.n - 1)] == j;
@@ -237,7 +288,9 @@ __global__ void col_kernel(const T* s, int64_t row0, int64_t count, View<T> rows
   for (int64_t r = chunk * kChunkRows; r < min(count, (chunk + 1) * kChunkRows); r++) {
     const int64_t i = row0 + r;
     const T value = s[r * cols.n + col];
-    unsigned hits = __ballot_sync(kAll, inside && value >= limit && rows.first[i] == i);
+    bool hit = inside && value >= limit && rows.first[i] == i;
+    if (hit) hit = atomicAdd(cols.candidates + col, 1) < most;
+    unsigned hits = __ballot_sync(kAll, hit);
     for (; hits; hits &= hits - 1) {
       const int from = __ffs(hits) - 1;
       const T its_value = __shfl_sync(kAll, value, from);
@@ -261,47 +314,51 @@ __global__ void col_merge_kernel(View<T> cols, const T* top, const double* exact
 }
 
 template <class T>
-void start_scan(Side<T>& mine, const Side<T>& others, bool low_precision) {
+void start_scan(Side<T>& mine, const Side<T>& others, double error) {
   const Tensor &x = mine.x, lowest = at::full({x.size(0)}, -std::numeric_limits<double>::infinity(), x.options());
-  mine.margin = mine.length * others.length.max() * candidate_margin<T>(x.size(1), low_precision);
+  const Tensor longest = others.length.max(), most_rounded = others.rounding.max();
+  mine.margin = (mine.length * longest * error + mine.rounding * longest + mine.length * most_rounded) * kPair;
   mine.best = lowest;
   mine.exact = lowest.to(at::kDouble, false, true);
   mine.index = at::zeros({x.size(0)}, x.options().dtype(at::kLong));
+  mine.candidates = at::zeros({x.size(0)}, x.options().dtype(at::kInt));
 }
 
-// by_col as well as by_row, or by_row alone. False when a panel was less precise than the margin allows for: cuBLAS may
-// have been told elsewhere to use TF32 in spite of the guard.
-template <class T>
-bool scan_panels(Side<T>& x, Side<T>& y, bool both, bool low_precision) {
+// by_col as well as by_row, or by_row alone, from tiles and panels of type P; what has more than most candidates is
+// left to do. False when a panel was less precise than the error: cuBLAS may have been told elsewhere to use TF32 in
+// spite of the guard, or to add up in half.
+template <class T, class P>
+bool scan_panels(Side<T>& x, Side<T>& y, bool both, double error, int most) {
   const at::NoTF32Guard full_precision;
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t c = x.x.size(1), n = x.x.size(0), m = y.x.size(0);
-  const double error = product_error<T>(c, low_precision);
-  start_scan(x, y, low_precision);
-  start_scan(y, x, low_precision);
-  const int64_t panel_rows = std::clamp<int64_t>(kPanelBytes / (m * int64_t(sizeof(T))), 1, n);
+  start_scan(x, y, error);
+  start_scan(y, x, error);
+  const int64_t panel_rows = std::clamp<int64_t>(kPanelBytes / (m * int64_t(sizeof(P))), 1, n);
   const int64_t chunks = blocks_for(panel_rows, kChunkRows), col_blocks = blocks_for(m, kThreads);
-  const Tensor panel = at::empty({panel_rows, m}, x.x.options()),
+  const Tensor panel = at::empty({panel_rows, m}, x.tiled.options()),
                imprecise = at::zeros({1}, x.x.options().dtype(at::kInt));
   const Tensor top = both ? at::empty({chunks, m}, x.x.options()) : Tensor();
   const Tensor exact = both ? at::empty({chunks, m}, y.exact.options()) : Tensor();
   const Tensor index = both ? at::empty({chunks, m}, y.index.options()) : Tensor();
-  const T* s = panel.template const_data_ptr<T>();
+  const P* s = panel.template const_data_ptr<P>();
   int* flag = imprecise.template mutable_data_ptr<int>();
   for (int64_t i = 0; i < n; i += panel_rows) {
     const int64_t rows = std::min(n - i, panel_rows), used = blocks_for(rows, kChunkRows);
     auto out = panel.narrow(0, 0, rows);
     at::mm_out(out, x.tiled.narrow(0, i, rows), y.tiled.t());
-    row_kernel<T><<<blocks_for(rows, kWarps), kThreads, 0, stream>>>(s, i, rows, view(x), view(y), c, error, flag);
+    row_kernel<T, P>
+        <<<blocks_for(rows, kWarps), kThreads, 0, stream>>>(s, i, rows, view(x), view(y), c, error, most, flag);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     if (!both) continue;
     const dim3 grid(col_blocks, used);
     T* tops = top.template mutable_data_ptr<T>();
     double* best = exact.template mutable_data_ptr<double>();
     int64_t* at = index.template mutable_data_ptr<int64_t>();
-    col_top_kernel<T><<<grid, kThreads, 0, stream>>>(s, rows, m, tops);
+    col_top_kernel<T, P><<<grid, kThreads, 0, stream>>>(s, rows, m, tops);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    col_kernel<T><<<grid, kThreads, 0, stream>>>(s, i, rows, view(x), view(y), c, error, tops, used, best, at, flag);
+    col_kernel<T, P>
+        <<<grid, kThreads, 0, stream>>>(s, i, rows, view(x), view(y), c, error, most, tops, used, best, at, flag);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     col_merge_kernel<T><<<col_blocks, kThreads, 0, stream>>>(view(y), tops, best, at, used);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -311,8 +368,37 @@ bool scan_panels(Side<T>& x, Side<T>& y, bool both, bool low_precision) {
 
 template <class T>
 void scan(Side<T>& x, Side<T>& y, bool both) {
-  if (!scan_panels(x, y, both, false)) scan_panels(x, y, both, true);
+  const int64_t c = x.x.size(1);
+  set_tiles(x);
+  set_tiles(y);
+  if (scan_panels<T, T>(x, y, both, product_error<T>(c, false), INT32_MAX)) return;
+  scan_panels<T, T>(x, y, both, product_error<T>(c, true), INT32_MAX);
 }
+
+// What scan_panels has left to do of mine.
+template <class T>
+void scan_crowded(Side<T>& mine, Side<T> others, int most) {
+  const Tensor rows = (mine.candidates > most).nonzero().squeeze(1);
+  if (rows.numel() == 0) return;
+  Side<T> few{mine.form, mine.x.index_select(0, rows), mine.measured.index_select(0, rows),
+              mine.norm.index_select(0, rows), at::arange(rows.numel(), rows.options())};
+  scan(few, others, false);
+  mine.exact.index_copy_(0, rows, few.exact);
+  mine.index.index_copy_(0, rows, few.index);
+}
+
+// Both ways, with candidates from panels in half. False where those are of no use, or were less precise than the error.
+bool scan_in_half(Side<float>& x, Side<float>& y) {
+  const int64_t c = x.x.size(1);
+  if (c < kMinHalfChannels || c > kMaxHalfChannels) return false;
+  set_half_tiles(x);
+  set_half_tiles(y);
+  if (!scan_panels<float, at::Half>(x, y, true, half_product_error(c), kMaxHalfCandidates)) return false;
+  scan_crowded(x, y, kMaxHalfCandidates);
+  scan_crowded(y, x, kMaxHalfCandidates);
+  return true;
+}
+bool scan_in_half(Side<double>&, Side<double>&) { return false; }
 
 template <class T>
 std::tuple<Tensor, Tensor> result(const Side<T>& side) {
@@ -326,7 +412,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mutual_argmax(const Tensor& a, const 
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "mutual_argmax", [&] {
     auto x = make_side<scalar_t>(a, Form::unit, "mutual_argmax: a"),
          y = make_side<scalar_t>(b, Form::unit, "mutual_argmax: b");
-    scan(x, y, true);
+    if (!scan_in_half(x, y)) scan(x, y, true);
     found = std::tuple_cat(result(x), result(y));
   });
   return found;

@@ -1,9 +1,9 @@
 """Runs csrc/cuda/*.cu without a GPU, so that what they compute is tested on every x86-64 machine with g++.
 
 build() compiles the sources as they stand with g++ against include/ (CUDA's language) and scheduler.cpp (its threads);
-only launches, kernel<<<grid, block>>>(...), and the registration are rewritten. load() registers the kernels as
-torch.ops.segadapt_emulated.*, for CPU tensors. It says nothing of speed, of memory order between blocks, of the GPU's
-own exp and sqrt in float64, or of cuBLAS: products are the CPU's.
+only launches, kernel<<<grid, block>>>(...), extern __shared__ and the registration are rewritten. load() registers the
+kernels as torch.ops.segadapt_emulated.*, for CPU tensors. It says nothing of speed, of memory order between blocks, of
+the GPU's own exp and sqrt in float64, or of cuBLAS: products are the CPU's.
 """
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from lib.ops import build as ops_build
 
 HERE = Path(__file__).parent
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
-LAUNCH = re.compile(r"\b([A-Za-z_]\w*(?:<[^<>;(){}]*>)?)<<<(.*?)>>>\(", re.S)
+LAUNCH = re.compile(r"\b([A-Za-z_]\w*(?:<[^<>;(){}]*>)?)\s*<<<(.*?)>>>\(", re.S)
+SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 
 
 def reason_against() -> str:
@@ -38,6 +39,7 @@ def translate(source: str, name: str) -> str:
     """The .cu file as C++; line numbers stay."""
     source = LAUNCH.sub(lambda m: f'::emulated::launch("{m[1]}", [=](auto... arguments) {{ {m[1]}(arguments...); }}, '
                                   f"{m[2]})(", source)
+    source = SHARED.sub(r"\1* \2 = static_cast<\1*>(::emulated::shared_memory);", source)
     source = source.replace("TORCH_LIBRARY_IMPL(segadapt, CUDA, m)", "TORCH_LIBRARY_IMPL(segadapt_emulated, CPU, m)")
     return f'#include "emulation.h"\n#line 1 "{name}"\n{source}'
 

@@ -56,6 +56,7 @@ segadapt_switch_stack:
 namespace emulated {
 
 Place place;
+void* shared_memory;
 
 namespace {
 
@@ -290,11 +291,14 @@ void run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, void (
   scheduler_tsan = __tsan_get_current_fiber();
 #endif
   release(&launched);
+  std::vector<char> memory(shared);  // on the heap, where the address sanitizer sees its end
+  shared_memory = memory.data();
   std::vector<int64_t> blocks(grid.x * grid.y * grid.z);
   for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = int64_t(i);
   arrange(blocks);
   for (int64_t b : blocks) {
     place.block = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
+    std::fill(memory.begin(), memory.end(), char(0xff));
     run_block();
   }
 }

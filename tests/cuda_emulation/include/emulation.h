@@ -4,7 +4,8 @@
 // primitive for the lanes that its mask names. A wait that CUDA leaves undefined ends the process with the kernel's
 // name and the thread: lanes of one mask at different primitives, a mask without the caller or with a lane that has
 // left, threads at different barriers, a wait that nobody ends. So does a launch that a GPU would refuse.
-// One block runs at a time, so __shared__ is static memory; atomics need no more than plain additions.
+// One block runs at a time, so __shared__ is static memory; extern __shared__ is NaN at the start of each block.
+// Atomics need no more than plain additions.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -35,6 +36,7 @@ struct Place {  // of the running thread
   uint3 thread, block, block_size, grid_size;
 };
 extern Place place;
+extern void* shared_memory;  // what the launch asks for
 
 void run_blocks(const char* kernel, dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* arguments);
 void wait_for_block(int line);
