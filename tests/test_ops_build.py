@@ -122,6 +122,20 @@ def test_the_cache(tiny, tmp_path):
     assert len(told) == 1 and "Read-only file system" in told[0] and "TORCH_EXTENSIONS_DIR" in told[0]
 
 
+@needs_compiler
+def test_one_process_builds_several_libraries(tiny, tmp_path):
+    """As `python -m lib.ops --build --cuda` does on a new machine; PyTorch names the second one differently."""
+    code, env = tiny
+    code = code.partition("print(")[0] + (
+        "for number in (1, 2):\n"
+        "    (build.CSRC / 'cpu/tiny.cpp').write_text(f'int loaded = {number};')\n"
+        "    build.load.cache_clear()\n"
+        "    assert build.load('cpu') == '', build.load('cpu')\n")
+    done = python(tmp_path, code, **env)
+    assert done.returncode == 0 and done.stderr.count("compiling") == 2, done.stderr
+    assert len(list((tmp_path / "cache").glob("segadapt-cpu-*.so"))) == 2
+
+
 def test_the_key_tells_machines_apart(monkeypatch):
     """Two machines with one home folder must not take each other's library."""
     keys = {build._key("cpu"), build._key("cuda")}

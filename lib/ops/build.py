@@ -193,7 +193,7 @@ def _compile(device: str, sources: list[Path], library: Path) -> None:
                 first = re.search(r"^.*\b(?:error|Error)\b.*$", str(error).partition("\n")[2], re.M)
                 raise UserError(f"compiling csrc/{device} failed ({first[0].strip() if first else error}); "
                                 f"everything: {log}") from error
-            built = Path(folder) / "segadapt.so"
+            built, = Path(folder).glob("*.so")  # PyTorch numbers what one process builds: segadapt_v1.so
             with open(built, "ab") as file:
                 file.write(hashlib.sha256(built.read_bytes()).digest())
             os.replace(built, library)
