@@ -33,6 +33,8 @@ def main() -> None:
         pictures = (to_symmetric(read_image(Path(folder) / path.name)) for folder in args.folders)
         features = [normalize(vgg(picture[None])) for picture in pictures]
         distances += [(a - b).square().sum(1).mean() for a, b in combinations(features, 2)]
+    if not distances:
+        p.error(f"{args.folders[0]}: expected PNG files, and a second folder with the same names")
     print(f"{torch.stack(distances).mean():.3f}")
 
 
