@@ -435,7 +435,8 @@ def train(args: argparse.Namespace) -> Session:
     classes = len(data.classes)
     net, make_generator = build(args.base, classes, args.arch, args.width, args.padding, args.dropout, pixels,
                                 stride_on)
-    loaded = checkpoint.initialise(net, weights, heads=not args.not_restore_last, source=args.restore_from)
+    loaded = checkpoint.initialise(net, weights, heads=not args.not_restore_last, source=args.restore_from,
+                                   aspp=meta.get("aspp", "released"))
     set_bn_affine(net, weights is None)
     net = run.place_net(net, compiled=args.compile)
     gen = dis = None

@@ -303,7 +303,8 @@ def train(args: argparse.Namespace) -> Session:
 
     # network and optimiser
     net = build("DeeplabPixelAssoc", len(data.classes), args.arch, stride_on=stride_on)
-    loaded = checkpoint.initialise(net, weights, heads=not args.not_restore_last, source=args.restore_from)
+    loaded = checkpoint.initialise(net, weights, heads=not args.not_restore_last, source=args.restore_from,
+                                   aspp=meta.get("aspp", "released"))
     net = run.place_net(net, compiled=args.compile)
     optimizer = deeplab_sgd(net, "once", args.learning_rate, args.momentum, args.weight_decay, args.lr_mult_classifier)
     scaler = run.scaler()

@@ -20,7 +20,7 @@ from lib.datasets.description import load_description
 from lib.datasets.transforms import PIXELS
 from lib.errors import UserError, shorten
 from lib.files import atomic_write
-from lib.models.deeplab import build
+from lib.models.deeplab import ASPP_RATES, build
 from lib.models.fcn8s import FCN8s, from_vgg16
 
 CONTAINERS = ("state_dict", "model_state_dict", "weights", "model", "net")
@@ -319,11 +319,44 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
     return report
 
 
-def initialise(net: nn.Module, weights: Mapping[str, Tensor] | None, *, heads: bool, source: str) -> str:
-    """load_into, or nothing where there are no weights; the line of the header that says which. Raises UserError."""
+# The main head's branches in DeepLabs whose checkpoints may start each other.
+MAIN_HEAD = {"Deeplab": "layer5.conv2d_list.{}", "DeeplabMulti": "layer6.conv2d_list.{}",
+             "DeeplabPixelAssoc": "classifier.0.convs.{}.0"}
+
+
+def with_main_head(weights: Mapping[str, Tensor], net: nn.Module, aspp: str) -> Mapping[str, Tensor]:
+    """Weights of Deeplab or DeeplabMulti as ``net``, another DeepLab with as many classes, names them.
+
+    So LSD or pixel association starts from the head that AdaptSegNet trained. aspp: of the weights; where only two of
+    four branches were used, DeeplabPixelAssoc, which sums all, gets zeros for the others. Its head has no biases.
+    """
+    theirs = next((name for name in ("DeeplabMulti", "Deeplab")
+                   if f"{MAIN_HEAD[name].format(0)}.weight" in weights), None)
+    ours = type(net).__name__
+    if theirs is None or ours not in MAIN_HEAD or ours == theirs:
+        return weights
+    old, new, own = MAIN_HEAD[theirs], MAIN_HEAD[ours], net.state_dict()
+    if weights[f"{old.format(0)}.weight"].shape != own[f"{new.format(0)}.weight"].shape:
+        return weights
+    root = "backbone." if ours == "DeeplabPixelAssoc" else ""
+    renamed = {root + key: value for key, value in weights.items() if not key.startswith(("layer5.", "layer6."))}
+    for n in range(len(ASPP_RATES)):
+        for part in ("weight", "bias"):
+            key, value = f"{new.format(n)}.{part}", weights.get(f"{old.format(n)}.{part}")
+            if key in own and value is not None:
+                renamed[key] = torch.zeros_like(value) if root and aspp == "released" and n > 1 else value
+    return renamed
+
+
+def initialise(net: nn.Module, weights: Mapping[str, Tensor] | None, *, heads: bool, source: str,
+               aspp: str = "released") -> str:
+    """load_into, or nothing where there are no weights; the line of the header that says which. Raises UserError.
+
+    aspp: of the weights' network, see with_main_head.
+    """
     if weights is None:
         return "none, random weights (the paper starts from ImageNet: --restore-from imagenet or a file)"
-    return str(load_into(net, weights, heads=heads, source=source))
+    return str(load_into(net, with_main_head(weights, net, aspp) if heads else weights, heads=heads, source=source))
 
 
 def check_same_arguments(saved: Mapping[str, object], now: Mapping[str, object], may_differ: set[str],

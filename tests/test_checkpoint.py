@@ -8,7 +8,7 @@ import torch
 
 from lib import checkpoint, files
 from lib.errors import UserError
-from lib.models.deeplab import build
+from lib.models.deeplab import build, logits_of
 
 CLASSES = 5
 META = {"pixels": "imagenet", "classes": ["road", "car"], "size": [64, 32], "best": None}
@@ -89,6 +89,31 @@ def test_a_single_level_file_in_a_two_level_network_says_so(net):
     weights["extra.weight"] = torch.ones(2)
     text = str(checkpoint.load_into(fresh(), weights))
     assert "not in the file: layer6.conv2d_list.0" in text and "unused: extra" in text and "(4 modules)" not in text
+
+
+@pytest.mark.parametrize("aspp", ["released", "full"])
+@pytest.mark.parametrize(("theirs", "ours"), [("DeeplabMulti", "Deeplab"), ("Deeplab", "DeeplabMulti"),
+                                              ("DeeplabMulti", "DeeplabPixelAssoc"), ("Deeplab", "DeeplabPixelAssoc")])
+def test_one_deeplab_starts_from_the_main_head_of_another(theirs, ours, aspp):
+    """Biases are 0 here, since DeeplabPixelAssoc's head has none."""
+    first, second = (build(name, 5, "resnet18", aspp).eval() for name in (theirs, ours))
+    for key, value in first.state_dict().items():
+        if "conv2d_list" in key and key.endswith("bias"):
+            value.zero_()
+    report = checkpoint.initialise(second, first.state_dict(), heads=True, source="f.pth", aspp=aspp)
+    assert "100.0 % of the backbone" in report
+    x = torch.randn(1, 3, 40, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(second(x)), logits_of(first(x)))
+    fresh_head = build(ours, 5, "resnet18", aspp).eval()
+    checkpoint.initialise(fresh_head, first.state_dict(), heads=False, source="f.pth", aspp=aspp)
+    with torch.no_grad():
+        assert not torch.allclose(logits_of(fresh_head(x)), logits_of(first(x)))
+
+
+def test_a_head_of_another_class_count_is_not_renamed():
+    weights = build("DeeplabMulti", 4, "resnet18").state_dict()
+    assert checkpoint.with_main_head(weights, build("Deeplab", 5, "resnet18"), "released") is weights
 
 
 def torchvision_resnet(net):
