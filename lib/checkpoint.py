@@ -180,6 +180,18 @@ def from_pixel_assoc(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 # A tensor of each backbone that the ones after it do not have.
 PARTS = {"mobilenet_v2": "features.1.conv.0.0.weight", "resnet101": "layer3.22.conv1.weight",
          "resnet50": "layer1.0.conv3.weight"}
+# The branches of each DeepLab's main head, by which it is recognised; DeeplabMulti has Deeplab's name as well.
+MAIN_HEADS = {"DeeplabMulti": "layer6.conv2d_list.{}", "Deeplab": "layer5.conv2d_list.{}",
+              "DeeplabVGG": "classifier.conv2d_list.{}", "DeeplabPixelAssoc": "classifier.0.convs.{}.0"}
+
+
+def deeplab_of(weights: Mapping[str, Tensor]) -> tuple[str, Tensor] | None:
+    """(the DeepLab's name, the weight [classes, channels, 3, 3] of its main head's first branch), or None."""
+    for model, branch in MAIN_HEADS.items():
+        weight = weights.get(f"{branch.format(0)}.weight")
+        if weight is not None and weight.dim() == 4:
+            return model, weight
+    return None
 
 
 def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
@@ -190,18 +202,18 @@ def recognise(weights: Mapping[str, Tensor]) -> dict[str, object]:
     if "upscore8.weight" in weights and "conv1_1.weight" in weights and weights["upscore8.weight"].dim() == 4:
         return {"model": "FCN8s", "arch": "vgg16", "num_classes": weights["upscore8.weight"].shape[0],
                 "width": weights["fc7.weight"].shape[0] / 4096 if "fc7.weight" in weights else 1.0}
-    heads = {"layer6.conv2d_list.0.weight": "DeeplabMulti", "layer5.conv2d_list.0.weight": "Deeplab",
-             "classifier.conv2d_list.0.weight": "DeeplabVGG", "classifier.0.convs.0.0.weight": "DeeplabPixelAssoc"}
-    for key, model in heads.items():
-        if key in weights and weights[key].dim() == 4:
-            stem = "backbone." if model == "DeeplabPixelAssoc" else ""
-            arch = "vgg16" if model == "DeeplabVGG" else next(
-                (name for name, part in PARTS.items() if f"{stem}{part}" in weights), "resnet18")
-            only = {"aspp": "full"} if model == "DeeplabPixelAssoc" else {}
-            return {"model": model, "arch": arch, "num_classes": weights[key].shape[0], **only}
-    some = ", ".join(list(weights)[:4])
-    raise UserError(f"no segmentation network is recognised by these keys: {some}, ... "
-                    f"(known heads: {', '.join(heads)}, upscore8.weight)")
+    found = deeplab_of(weights)
+    if found is None:
+        some = ", ".join(list(weights)[:4])
+        heads = ", ".join(f"{branch.format(0)}.weight" for branch in MAIN_HEADS.values())
+        raise UserError(f"no segmentation network is recognised by these keys: {some}, ... "
+                        f"(known heads: {heads}, upscore8.weight)")
+    model, head = found
+    stem = "backbone." if model == "DeeplabPixelAssoc" else ""
+    arch = "vgg16" if model == "DeeplabVGG" else next(
+        (name for name, part in PARTS.items() if f"{stem}{part}" in weights), "resnet18")
+    only = {"aspp": "full"} if model == "DeeplabPixelAssoc" else {}
+    return {"model": model, "arch": arch, "num_classes": len(head), **only}
 
 
 # What a checkpoint without metadata is taken for: the release of AdaptSegNet.
@@ -319,32 +331,28 @@ def load_into(net: nn.Module, weights: Mapping[str, Tensor], *, heads: bool = Tr
     return report
 
 
-# The main head's branches in DeepLabs whose checkpoints may start each other.
-MAIN_HEAD = {"Deeplab": "layer5.conv2d_list.{}", "DeeplabMulti": "layer6.conv2d_list.{}",
-             "DeeplabPixelAssoc": "classifier.0.convs.{}.0"}
-
-
 def with_main_head(weights: Mapping[str, Tensor], net: nn.Module, aspp: str) -> Mapping[str, Tensor]:
     """Weights of Deeplab or DeeplabMulti as ``net``, another DeepLab with as many classes, names them.
 
     So LSD or pixel association starts from the head that AdaptSegNet trained. aspp: of the weights; where only two of
     four branches were used, DeeplabPixelAssoc, which sums all, gets zeros for the others. Its head has no biases.
     """
-    theirs = next((name for name in ("DeeplabMulti", "Deeplab")
-                   if f"{MAIN_HEAD[name].format(0)}.weight" in weights), None)
-    ours = type(net).__name__
-    if theirs is None or ours not in MAIN_HEAD or ours == theirs:
+    theirs, head = deeplab_of(weights) or (None, None)
+    ours, own = type(net).__name__, net.state_dict()
+    if theirs not in ("Deeplab", "DeeplabMulti") or ours not in MAIN_HEADS or ours == theirs:
         return weights
-    old, new, own = MAIN_HEAD[theirs], MAIN_HEAD[ours], net.state_dict()
-    if weights[f"{old.format(0)}.weight"].shape != own[f"{new.format(0)}.weight"].shape:
+    old, new = MAIN_HEADS[theirs], MAIN_HEADS[ours]
+    if head.shape != own[f"{new.format(0)}.weight"].shape:
         return weights
-    root = "backbone." if ours == "DeeplabPixelAssoc" else ""
+    sums_all = ours == "DeeplabPixelAssoc"
+    root = "backbone." if sums_all else ""
     renamed = {root + key: value for key, value in weights.items() if not key.startswith(("layer5.", "layer6."))}
     for n in range(len(ASPP_RATES)):
+        unused = sums_all and aspp == "released" and n >= 2
         for part in ("weight", "bias"):
             key, value = f"{new.format(n)}.{part}", weights.get(f"{old.format(n)}.{part}")
             if key in own and value is not None:
-                renamed[key] = torch.zeros_like(value) if root and aspp == "released" and n > 1 else value
+                renamed[key] = torch.zeros_like(value) if unused else value
     return renamed
 
 
@@ -356,7 +364,12 @@ def initialise(net: nn.Module, weights: Mapping[str, Tensor] | None, *, heads: b
     """
     if weights is None:
         return "none, random weights (the paper starts from ImageNet: --restore-from imagenet or a file)"
-    return str(load_into(net, with_main_head(weights, net, aspp) if heads else weights, heads=heads, source=source))
+    named = with_main_head(weights, net, aspp) if heads else weights
+    report = str(load_into(net, named, heads=heads, source=source))
+    if named is not weights:
+        old, new = (MAIN_HEADS[name].format(0) for name in (deeplab_of(weights)[0], type(net).__name__))
+        report += f"; main head: {old}, ... as {new}, ..."
+    return report
 
 
 def check_same_arguments(saved: Mapping[str, object], now: Mapping[str, object], may_differ: set[str],

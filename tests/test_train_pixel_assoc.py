@@ -183,11 +183,13 @@ def test_a_source_batch_without_labels():
 
 
 def test_initial_weights_of_any_network(pair, folder):
-    """Backbones of AdaptSegNet's files fit; a head of another layout does not, and the report says so."""
+    """Backbones of AdaptSegNet's files fit; a head of another layout is renamed, and the report says so."""
     folder.mkdir(parents=True)
     torch.save(build("Deeplab", 14, "resnet18").state_dict(), folder.parent / "w.pth")
     done = execute(SCRIPT, *arguments(pair, folder, "--restore-from", str(folder.parent / "w.pth"), "--source-only"))
     assert "100.0 % of the backbone" in done.stdout and "classifier.0.convs.0.0" in done.stdout
+    assert "main head: layer5.conv2d_list.0, ... as classifier.0.convs.0.0" in done.stdout
+    assert "not in the file" not in done.stdout
 
 
 def test_fp16_scales_its_losses(pair, folder, in_this_process, monkeypatch):
