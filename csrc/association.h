@@ -87,14 +87,11 @@ inline at::Tensor checked_scale(const std::optional<at::Tensor>& col_scale, cons
   return col_scale->to(s.scalar_type()).contiguous();
 }
 
-inline void check_softmax_grad(const at::Tensor& m, const at::Tensor& p, const at::Tensor& row_scale,
-                               const at::Tensor& col_sum) {
+inline void check_softmax_grad(const at::Tensor& m, const at::Tensor& p, const at::Tensor& row_scale) {
   check_panel(m, "softmax_grad_: m");
   check_panel(p, "softmax_grad_: p");
-  TORCH_CHECK_VALUE(m.sizes() == p.sizes() && row_scale.numel() == m.size(0) && col_sum.numel() == m.size(1) &&
-                        col_sum.is_contiguous(),
-                    "softmax_grad_: sizes differ");
-  for (const at::Tensor& t : {p, row_scale, col_sum}) {
+  TORCH_CHECK_VALUE(m.sizes() == p.sizes() && row_scale.numel() == m.size(0), "softmax_grad_: sizes differ");
+  for (const at::Tensor& t : {p, row_scale}) {
     TORCH_CHECK_VALUE(t.scalar_type() == m.scalar_type() && t.device() == m.device(),
                       "softmax_grad_: dtypes or devices differ");
   }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from vectors import vectors
 
 from lib import ops
-from lib.ops.association import _contrast_softmax_, _ordered_dot, _product_argmax, _softmax_grad_
+from lib.ops.association import _attention_grad_, _contrast_softmax_, _ordered_dot, _product_argmax, _softmax_grad_
 from train_pixel_assoc import association
 
 pytestmark = pytest.mark.usefixtures("all_cores")
@@ -304,15 +304,17 @@ def test_repeated_runs_give_the_same_bits(backend):
 # ---- the operators below the loss ----
 
 def panels(shape, dtype, contrast, scaled, to=lambda x: x):
-    """Both panel operators on random values, one row constant: 1 / t, softmax, gradient, column sums."""
+    """The operators on panels, on random values, one row constant: 1 / t, softmax, its gradient; a symmetric S's."""
     g = torch.Generator().manual_seed(3)
     s, m = (torch.randn(shape, generator=g, dtype=dtype).mul_(30) for _ in range(2))
     scale = to(torch.rand(shape[1], generator=g, dtype=dtype)) if scaled else None
     s[0] = 2.0
-    p, grad, sums = to(s.clone()), to(m.clone()), to(torch.ones(shape[1], dtype=dtype))
+    p, grad = to(s.clone()), to(m.clone())
     inverse = _contrast_softmax_(p, scale, contrast)
-    _softmax_grad_(grad, p, inverse.clamp(max=10.0), scale, sums)
-    return inverse, p, grad, sums
+    _softmax_grad_(grad, p, inverse.clamp(max=10.0))
+    block = [to(x / 30) for x in (s, m, m.roll(1, 1))]
+    rows, cols = (to(torch.rand(5, n, generator=g, dtype=dtype)) for n in shape)
+    return inverse, p, grad, *_attention_grad_(*block, rows, cols), *block
 
 
 def assert_close(results, expected, dtype):
@@ -335,6 +337,29 @@ def test_panel_kernels_equal_their_reference(compiled, shape, dtype, contrast, s
     assert_close(got, want, dtype)
 
 
+def test_a_block_holds_the_gradients_of_both_halves(backend):
+    """Rows 0 to 4, columns 5 to 11 of S = v^ v^^T, against autograd through softmax_j(S_ij / t_i)."""
+    g = torch.Generator().manual_seed(5)
+    v, d = (torch.randn(12, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    inverse = 10 * torch.rand(12, generator=g, dtype=torch.float64)
+    scale = 1 / v.norm(dim=1)
+    unit_v = v * scale[:, None]
+    s = (unit_v @ unit_v.t()).requires_grad_()
+    a = (s * inverse[:, None]).softmax(1)
+    d_a = d @ v.t()
+    d_s, = torch.autograd.grad((a * d_a).sum(), s)
+    s, a = s.detach(), a.detach()
+    stats = torch.stack([inverse, s.diagonal(), a.diagonal(), (a * d_a).sum(1), scale])
+    i, j = slice(0, 5), slice(5, 12)
+    block = [x.contiguous() for x in (s[i, j] / scale[j], d_a[i, j], d_a[j, i].t())]
+    row_sum, col_sum = _attention_grad_(*block, stats[:, i].contiguous(), stats[:, j].contiguous())
+    torch.testing.assert_close(block[0], scale[i, None] * scale[j] * (d_s[i, j] + d_s[j, i].t()))
+    torch.testing.assert_close(block[1], a[i, j])
+    torch.testing.assert_close(block[2], a[j, i].t())
+    torch.testing.assert_close(row_sum, (a * d_a)[j, i].sum(0))
+    torch.testing.assert_close(col_sum, (a * d_a)[i, j].sum(0))
+
+
 def test_opcheck(compiled):
     a, b, rows, cols = torch.randn(5, 3), torch.randn(4, 3), torch.rand(5), torch.rand(3)
     with warnings.catch_warnings():
@@ -343,7 +368,9 @@ def test_opcheck(compiled):
         torch.library.opcheck(torch.ops.segadapt.product_argmax.default, (a, b))
         torch.library.opcheck(torch.ops.segadapt.contrast_softmax_.default, (a.clone(), None, True))
         torch.library.opcheck(torch.ops.segadapt.contrast_softmax_.default, (a.clone(), cols, False))
-        torch.library.opcheck(torch.ops.segadapt.softmax_grad_.default, (a.clone(), a.softmax(1), rows, None, cols))
+        torch.library.opcheck(torch.ops.segadapt.softmax_grad_.default, (a.clone(), a.softmax(1), rows))
+        block = [a.clone() for _ in range(3)]
+        torch.library.opcheck(torch.ops.segadapt.attention_grad_.default, (*block, torch.rand(5, 5), torch.rand(5, 3)))
 
 
 # ---- inputs that have failed ----
@@ -395,10 +422,11 @@ def test_subnormal_vectors(backend):
 
 
 def test_panels_without_rows(backend):
-    empty, sums = torch.empty(0, 7), torch.ones(7)
+    empty = torch.empty(0, 7)
     assert _contrast_softmax_(empty, None, True).shape == (0,)
-    _softmax_grad_(empty, empty, torch.empty(0), None, sums)
-    assert torch.equal(sums, torch.ones(7))
+    _softmax_grad_(empty, empty, torch.empty(0))
+    row_sum, col_sum = _attention_grad_(empty, empty, empty, torch.empty(5, 0), torch.ones(5, 7))
+    assert row_sum.shape == (0,) and torch.equal(col_sum, torch.zeros(7))
 
 
 def test_products_of_lower_precision_do_not_change_an_index(backend):
@@ -476,7 +504,8 @@ def test_cuda_and_what_has_failed(compiled, cuda):
     empty = torch.empty(0, 7)
 
     def run(to=lambda x: x):
-        _softmax_grad_(to(empty), to(empty), to(torch.empty(0)), None, to(torch.ones(7)))
+        _softmax_grad_(to(empty), to(empty), to(torch.empty(0)))
+        _attention_grad_(*(to(empty) for _ in range(3)), to(torch.empty(5, 0)), to(torch.ones(5, 7)))
         return (_product_argmax(to(x), to(y)), *ops.mutual_argmax(*map(to, small)),
                 *ops.mutual_argmax(to(same), to(same)), _contrast_softmax_(to(rows), None, True))
 

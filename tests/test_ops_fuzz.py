@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lib import ops
-from lib.ops.association import _contrast_softmax_, _product_argmax, _softmax_grad_
+from lib.ops.association import _attention_grad_, _contrast_softmax_, _product_argmax, _softmax_grad_
 
 SECONDS = float(os.environ.get("SEGADAPT_FUZZ_SECONDS", 20))  # for each operator
 SEED = int(os.environ.get("SEGADAPT_FUZZ_SEED", 0))
@@ -90,12 +90,14 @@ def test_panels(compiled, cuda):
         s, m = (values(choose, shape, kinds=finite).contiguous() for _ in range(2))
         contrast, scale = choose.random() < 0.5, torch.rand(shape[1]) if choose.random() < 0.5 else None
 
-        def run(to, s=s, m=m, scale=scale, contrast=contrast):
-            p, grad, sums = to(s.clone()), to(m.clone()), to(torch.zeros(s.shape[1]))
+        rows, cols = (torch.rand(5, n) for n in shape)
+
+        def run(to, s=s, m=m, scale=scale, contrast=contrast, rows=rows, cols=cols):
+            p, grad, block = to(s.clone()), to(m.clone()), [to(x.clone()) for x in (s, m, m)]
             scale = None if scale is None else to(scale)
             inverse = _contrast_softmax_(p, scale, contrast)
-            _softmax_grad_(grad, p, inverse.clamp(max=10), scale, sums)
-            return [inverse, p, grad, sums]
+            _softmax_grad_(grad, p, inverse.clamp(max=10))
+            return [inverse, p, grad, *_attention_grad_(*block, to(rows), to(cols)), *block]
 
         reference, *others = outcomes(cuda, run)
         for other in others:

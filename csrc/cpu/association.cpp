@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "argmax.h"
+#include "attention.h"
 
 namespace segadapt {
 namespace {
@@ -166,57 +167,99 @@ Tensor contrast_softmax_(Tensor& s, const std::optional<Tensor>& col_scale, bool
   return inverse;
 }
 
-// m <- P (m - <P, m>) row_scale col_scale for one row, whose P m is added to col_sum.
+// m <- P (m - <P, m>) row_scale for one row.
 template <class T>
-void softmax_grad_row(T* m, const T* p, int64_t n, T row_scale, const T* col_scale, T* col_sum) {
+void softmax_grad_row(T* m, const T* p, int64_t n, T row_scale) {
   Sum<T> sum;
   for_row<T>(n, [&](int64_t j, auto v) {
-    auto q = v, so_far = v;
+    auto q = v;
     read(m + j, v);
     read(p + j, q);
-    read(col_sum + j, so_far);
-    v = v * q;
-    sum.add(v);
-    write(col_sum + j, so_far + v);
+    sum.add(v * q);
   });
   const T mean = sum.total();
   for_row<T>(n, [&](int64_t j, auto v) {
-    auto q = v, scale = v;
+    auto q = v;
     read(m + j, v);
     read(p + j, q);
-    v = q * (v - mean) * row_scale;
-    if (col_scale) {
-      read(col_scale + j, scale);
-      v = v * scale;
-    }
-    write(m + j, v);
+    write(m + j, q * (v - mean) * row_scale);
   });
 }
 
-void softmax_grad_(Tensor& m, const Tensor& p, const Tensor& row_scale, const std::optional<Tensor>& col_scale,
-                   Tensor& col_sum) {
-  check_softmax_grad(m, p, row_scale, col_sum);
-  const Tensor scale = checked_scale(col_scale, m), row = row_scale.contiguous();
-  const int64_t rows = m.size(0), n = m.size(1);
-  if (m.numel() == 0) return;
+void softmax_grad_(Tensor& m, const Tensor& p, const Tensor& row_scale) {
+  check_softmax_grad(m, p, row_scale);
+  const Tensor row = row_scale.contiguous();
+  const int64_t n = m.size(1);
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "softmax_grad_", [&] {
-    auto *x = m.mutable_data_ptr<scalar_t>(), *sums = col_sum.mutable_data_ptr<scalar_t>();
+    auto* x = m.mutable_data_ptr<scalar_t>();
     const auto *q = p.const_data_ptr<scalar_t>(), *factor = row.const_data_ptr<scalar_t>();
-    const auto* columns = scale.defined() ? scale.const_data_ptr<scalar_t>() : nullptr;
-    const int64_t threads = at::get_num_threads(), chunk = (rows + threads - 1) / threads;
-    std::vector<std::vector<scalar_t>> partial((rows + chunk - 1) /
-                                               chunk);  // added up in order: the same bits each run
-    at::parallel_for(0, partial.size(), 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, m.size(0), 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) softmax_grad_row(x + i * n, q + i * n, n, factor[i]);
+    });
+  });
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+// Of vector j, or of vectors j, j + 1, ... of stats [5, n].
+template <class T, class V>
+AttentionRow<V> attention_row(const T* stats, int64_t n, int64_t j, V) {
+  V inverse, top, peak, mean, scale;
+  read(stats + j, inverse);
+  read(stats + n + j, top);
+  read(stats + 2 * n + j, peak);
+  read(stats + 3 * n + j, mean);
+  read(stats + 4 * n + j, scale);
+  return {inverse, top, peak, mean, scale};
+}
+
+// One row of s, x, y and its vector; returns the sum of A_ji y_ij and adds A_ij x_ij to col_sum.
+template <class T>
+T attention_grad_row(T* s, T* x, T* y, int64_t n, const AttentionRow<T>& row, const T* cols, T* col_sum) {
+  Sum<T> row_sum;
+  for_row<T>(n, [&](int64_t j, auto v) {
+    using V = decltype(v);
+    const auto same = [](T value) { return V{} + value; };
+    const AttentionRow<V> here{same(row.inverse), same(row.top), same(row.peak), same(row.mean), same(row.scale)};
+    const auto there = attention_row(cols, n, j, v);
+    V x_ij, y_ij, so_far;
+    read(s + j, v);
+    read(x + j, x_ij);
+    read(y + j, y_ij);
+    read(col_sum + j, so_far);
+    v = v * there.scale;
+    const V a = here.attention(v), b = there.attention(v);
+    row_sum.add(b * y_ij);
+    write(col_sum + j, so_far + a * x_ij);
+    write(s + j, here.scale * there.scale * (here.gradient(a, x_ij) + there.gradient(b, y_ij)));
+    write(x + j, a);
+    write(y + j, b);
+  });
+  return row_sum.total();
+}
+
+std::tuple<Tensor, Tensor> attention_grad_(Tensor& s, Tensor& x, Tensor& y, const Tensor& rows, const Tensor& cols) {
+  check_attention_grad(s, x, y, rows, cols);
+  const int64_t r = s.size(0), n = s.size(1);
+  auto row_sum = at::zeros({r}, s.options());
+  if (s.numel() == 0) return {row_sum, at::zeros({n}, s.options())};
+  const int64_t threads = at::get_num_threads(), chunk = (r + threads - 1) / threads, chunks = (r + chunk - 1) / chunk;
+  const auto partial = at::zeros({chunks, n}, s.options());  // added up in order: the same bits each run
+  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "attention_grad_", [&] {
+    auto *s_ = s.mutable_data_ptr<scalar_t>(), *x_ = x.mutable_data_ptr<scalar_t>(),
+         *y_ = y.mutable_data_ptr<scalar_t>(), *by_row = row_sum.mutable_data_ptr<scalar_t>(),
+         *by_col = partial.mutable_data_ptr<scalar_t>();
+    const auto *row = rows.const_data_ptr<scalar_t>(), *col = cols.const_data_ptr<scalar_t>();
+    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; k++) {
-        partial[k].assign(n, 0);
-        for (int64_t i = k * chunk; i < std::min(rows, (k + 1) * chunk); i++) {
-          softmax_grad_row(x + i * n, q + i * n, n, factor[i], columns, partial[k].data());
+        for (int64_t i = k * chunk; i < std::min(r, (k + 1) * chunk); i++) {
+          by_row[i] = attention_grad_row(s_ + i * n, x_ + i * n, y_ + i * n, n, attention_row(row, r, i, scalar_t{}),
+                                         col, by_col + k * n);
         }
       }
     });
-    for (const auto& part : partial)
-      for (int64_t j = 0; j < n; j++) sums[j] += part[j];
   });
+  return {row_sum, partial.sum(0)};
 }
 
 }  // namespace
@@ -227,4 +270,5 @@ TORCH_LIBRARY_IMPL(segadapt, CPU, m) {
   m.impl("product_argmax", segadapt::product_argmax);
   m.impl("contrast_softmax_", segadapt::contrast_softmax_);
   m.impl("softmax_grad_", segadapt::softmax_grad_);
+  m.impl("attention_grad_", segadapt::attention_grad_);
 }

@@ -25,6 +25,7 @@
 #include <limits>
 
 #include "association.h"
+#include "attention.h"
 #include "cuda/warp.h"
 #include "exponential.h"
 
@@ -506,49 +507,89 @@ Tensor contrast_softmax_(Tensor& s, const std::optional<Tensor>& col_scale, bool
   return inverse;
 }
 
-// part [chunks, n]: sums of P m over the rows of each chunk, added up in order afterwards.
 template <class T>
-__global__ void col_sum_kernel(const T* m, const T* p, int64_t rows, int64_t n, T* part) {
-  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x, chunk = blockIdx.y;
-  if (j >= n) return;
-  T sum = 0;
-  for (int64_t i = chunk * kChunkRows; i < min(rows, (chunk + 1) * kChunkRows); i++) sum += m[i * n + j] * p[i * n + j];
-  part[chunk * n + j] = sum;
-}
-
-template <class T>
-__global__ void softmax_grad_kernel(T* m, const T* p, int64_t n, const T* row_scale, const T* col_scale) {
+__global__ void softmax_grad_kernel(T* m, const T* p, int64_t n, const T* row_scale) {
   T* x = m + int64_t(blockIdx.x) * n;
   const T* q = p + int64_t(blockIdx.x) * n;
   T sum = 0;
   for (int64_t j = threadIdx.x; j < n; j += kThreads) sum += x[j] * q[j];
   sum = reduce(sum, Add());
-  for (int64_t j = threadIdx.x; j < n; j += kThreads)
-    x[j] = q[j] * (x[j] - sum) * row_scale[blockIdx.x] * (col_scale ? col_scale[j] : T(1));
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) x[j] = q[j] * (x[j] - sum) * row_scale[blockIdx.x];
 }
 
-void softmax_grad_(Tensor& m, const Tensor& p, const Tensor& row_scale, const std::optional<Tensor>& col_scale,
-                   Tensor& col_sum) {
-  check_softmax_grad(m, p, row_scale, col_sum);
+void softmax_grad_(Tensor& m, const Tensor& p, const Tensor& row_scale) {
+  check_softmax_grad(m, p, row_scale);
   const c10::cuda::CUDAGuard guard(m.device());
-  const Tensor scale = checked_scale(col_scale, m), row = row_scale.contiguous();
-  const int64_t rows = m.size(0), n = m.size(1);
+  const Tensor row = row_scale.contiguous();
   if (m.numel() == 0) return;
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const int64_t chunks = blocks_for(rows, kChunkRows);
-  TORCH_CHECK_VALUE(chunks <= 65535, "softmax_grad_: too many rows for one panel");
-  const Tensor part = at::empty({chunks, n}, m.options());
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "softmax_grad_", [&] {
-    const dim3 grid(blocks_for(n, kThreads), chunks);
-    col_sum_kernel<scalar_t><<<grid, kThreads, 0, stream>>>(m.const_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(),
-                                                            rows, n, part.mutable_data_ptr<scalar_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-    col_sum.add_(part.sum(0));
-    softmax_grad_kernel<scalar_t><<<rows, kThreads, 0, stream>>>(
-        m.mutable_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(), n, row.const_data_ptr<scalar_t>(),
-        scale.defined() ? scale.const_data_ptr<scalar_t>() : nullptr);
+    softmax_grad_kernel<scalar_t><<<m.size(0), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        m.mutable_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(), m.size(1), row.const_data_ptr<scalar_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+template <class T>
+__device__ AttentionRow<T> attention_row(const T* stats, int64_t n, int64_t j) {
+  return {stats[j], stats[n + j], stats[2 * n + j], stats[3 * n + j], stats[4 * n + j]};
+}
+
+// part [chunks, n]: sums of A_ij x_ij over the rows of each chunk, added up in order afterwards.
+template <class T>
+__global__ void attention_col_sum_kernel(const T* s, const T* x, int64_t rows, int64_t n, const T* row_stats,
+                                         const T* col_scale, T* part) {
+  const int64_t j = int64_t(blockIdx.x) * kThreads + threadIdx.x, chunk = blockIdx.y;
+  if (j >= n) return;
+  T sum = 0;
+  for (int64_t i = chunk * kChunkRows; i < min(rows, (chunk + 1) * kChunkRows); i++)
+    sum += attention_row(row_stats, rows, i).attention(s[i * n + j] * col_scale[j]) * x[i * n + j];
+  part[chunk * n + j] = sum;
+}
+
+// A block for each row.
+template <class T>
+__global__ void attention_grad_kernel(T* s, T* x, T* y, int64_t rows, int64_t n, const T* row_stats, const T* col_stats,
+                                      T* row_sum) {
+  const AttentionRow<T> here = attention_row(row_stats, rows, blockIdx.x);
+  const int64_t start = int64_t(blockIdx.x) * n;
+  T sum = 0;
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) {
+    const AttentionRow<T> there = attention_row(col_stats, n, j);
+    const T cosine = s[start + j] * there.scale, x_ij = x[start + j], y_ij = y[start + j];
+    const T a = here.attention(cosine), b = there.attention(cosine);
+    sum += b * y_ij;
+    s[start + j] = here.scale * there.scale * (here.gradient(a, x_ij) + there.gradient(b, y_ij));
+    x[start + j] = a;
+    y[start + j] = b;
+  }
+  sum = reduce(sum, Add());
+  if (threadIdx.x == 0) row_sum[blockIdx.x] = sum;
+}
+
+std::tuple<Tensor, Tensor> attention_grad_(Tensor& s, Tensor& x, Tensor& y, const Tensor& rows, const Tensor& cols) {
+  check_attention_grad(s, x, y, rows, cols);
+  const c10::cuda::CUDAGuard guard(s.device());
+  const int64_t r = s.size(0), n = s.size(1), chunks = blocks_for(r, kChunkRows);
+  TORCH_CHECK_VALUE(chunks <= 65535, "attention_grad_: too many rows for one panel");
+  auto row_sum = at::zeros({r}, s.options());
+  if (s.numel() == 0) return {row_sum, at::zeros({n}, s.options())};
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Tensor part = at::empty({chunks, n}, s.options());
+  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "attention_grad_", [&] {
+    const auto *row = rows.const_data_ptr<scalar_t>(), *col = cols.const_data_ptr<scalar_t>();
+    const dim3 grid(blocks_for(n, kThreads), chunks);
+    attention_col_sum_kernel<scalar_t><<<grid, kThreads, 0, stream>>>(s.const_data_ptr<scalar_t>(),
+                                                                      x.const_data_ptr<scalar_t>(), r, n, row,
+                                                                      col + 4 * n, part.mutable_data_ptr<scalar_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    attention_grad_kernel<scalar_t><<<r, kThreads, 0, stream>>>(
+        s.mutable_data_ptr<scalar_t>(), x.mutable_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), r, n, row, col,
+        row_sum.mutable_data_ptr<scalar_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {row_sum, part.sum(0)};
 }
 
 }  // namespace
@@ -559,4 +600,5 @@ TORCH_LIBRARY_IMPL(segadapt, CUDA, m) {
   m.impl("product_argmax", segadapt::product_argmax);
   m.impl("contrast_softmax_", segadapt::contrast_softmax_);
   m.impl("softmax_grad_", segadapt::softmax_grad_);
+  m.impl("attention_grad_", segadapt::attention_grad_);
 }

@@ -92,23 +92,24 @@ def cycle_association_loss(x_s: Tensor, x_t: Tensor, y_s: Tensor, *, metric: str
 class _SpatialAggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, metric, alpha):
-        ctx.save_for_backward(x)
-        ctx.metric, ctx.alpha = metric, alpha
         out = torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
-            for image, result in zip(x, out, strict=True):
-                _aggregate(_rows(image), _rows(result), metric, alpha)
+            ctx.attention = [_aggregate(_rows(image), _rows(result), metric, alpha)
+                             for image, result in zip(x, out, strict=True)]
+        ctx.save_for_backward(x, out)
+        ctx.metric, ctx.alpha = metric, alpha
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, = ctx.saved_tensors
-        out = torch.empty_like(x)
+        x, out = ctx.saved_tensors
+        grad, d_x = grad.to(x.dtype), torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
-            for image, d_image, result in zip(x, grad.to(x.dtype), out, strict=True):
-                _aggregate_backward(_rows(d_image), _rows(image), _rows(result), ctx.metric, ctx.alpha)
-        return out, None, None
+            for b, attention in enumerate(ctx.attention):
+                along = (grad[b] * out[b]).sum(0).flatten()
+                _aggregate_backward(_rows(grad[b]), along, _rows(x[b]), _rows(d_x[b]), ctx.metric, ctx.alpha, attention)
+        return d_x, None, None
 
 
 class _CycleAssociation(torch.autograd.Function):
@@ -159,7 +160,7 @@ def _associate_pair(a: Tensor, v: Tensor, label: Tensor, metric: str, alpha: flo
     without gaps, is overwritten anyway: until then its memory holds the aggregated target, row by row.
     """
     z = d_v if d_v.is_contiguous() else d_v.t().view(-1).view(d_v.shape)
-    _aggregate(v, z, metric, alpha)
+    attention = _aggregate(v, z, metric, alpha)
     if metric == "cos":
         forward, _, back_of, _ = mutual_argmax(a, z)
         a_scale, z_scale = _inverse_norm(a), _inverse_norm(z)
@@ -191,7 +192,8 @@ def _associate_pair(a: Tensor, v: Tensor, label: Tensor, metric: str, alpha: flo
         else:
             d_a.addcdiv_(d_right_a, a + _EPS)
             d_z.addcdiv_(d_right_z, z + _EPS)
-        _aggregate_backward(d_z, v, d_v, metric, alpha)
+        along = torch.zeros_like(d_z[:, 0])  # <d_z, z> for cos, which looks at z's direction alone; kl needs none
+        _aggregate_backward(d_z, along, v, d_v, metric, alpha, attention)
     return loss, selected.sum(), selected, forward, back
 
 
@@ -222,51 +224,90 @@ def _chosen(left, left_scale, right, right_scale, rows, index, weight, d_left, d
     return loss
 
 
-def _aggregate(v: Tensor, out: Tensor, metric: str, alpha: float) -> None:
-    """out = (1 - alpha) v + alpha A v for v, out [N, C]."""
+def _aggregate(v: Tensor, out: Tensor, metric: str, alpha: float) -> Tensor | None:
+    """out = (1 - alpha) v + alpha A v for v, out [N, C]. Returns, for cos, what gives rows of A again: 1/t, S_ii, A_ii.
+
+    (cos: [3, N]; else None.)
+    """
     if alpha == 0:
         out.copy_(v)
-        return
-    scale = _inverse_norm(v) if metric == "cos" else None
-    right = v if metric == "cos" else (v + _EPS).log()
+        return None
+    cos = metric == "cos"
+    scale = _inverse_norm(v) if cos else None
+    right = v if cos else (v + _EPS).log()
+    attention = v.new_empty(3, len(v)) if cos else None
     for at, buffer in _panels(len(v), len(v), v):
-        left = v[at] if scale is None else v[at] * scale[at, None]
+        left = v[at] * scale[at, None] if cos else v[at]
         p = _product(left, right.t(), buffer)
-        _contrast_softmax_(p, scale, metric == "cos")
+        if cos:
+            attention[1, at] = p[:, at].diagonal() * scale[at]
+        inverse = _contrast_softmax_(p, scale, cos)
+        if cos:
+            attention[0, at], attention[2, at] = inverse, p[:, at].diagonal()
         out[at] = _product(p, v).mul_(alpha).add_(v[at], alpha=1 - alpha)
+    return attention
 
 
-def _aggregate_backward(d_out: Tensor, v: Tensor, d_v: Tensor, metric: str, alpha: float) -> None:
-    """d_v = the gradient of _aggregate for d_out; all [N, C]. The panels are computed again.
+def _aggregate_backward(d_out: Tensor, along: Tensor, v: Tensor, d_v: Tensor, metric: str, alpha: float,
+                        attention: Tensor | None) -> None:
+    """d_v = the gradient of out = _aggregate(v) for d_out; all [N, C]. attention: what that returned.
 
-    With dA = d_out v^T: dS = alpha A o (dA - rowsum(A o dA)) / sigma, and S = v^ v^^T (cos) or v log(v)^T (kl).
+    along [N]: <d_out, out> of each row. The panels are computed again. With dA = d_out v^T:
+    dS = alpha A o (dA - rowsum(A o dA)) / t, and S = v^ v^^T (cos) or v log(v)^T (kl).
     """
     if alpha == 0:
         d_v.copy_(d_out)
         return
     torch.mul(d_out, 1 - alpha, out=d_v)
-    n, cos = len(v), metric == "cos"
-    scale = _inverse_norm(v) if cos else None
-    right = v if cos else (v + _EPS).log()
-    d_right = d_v if cos else torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    col_sum = torch.zeros(n, dtype=v.dtype, device=v.device)
-    for at, p, m in _panels(n, n, v, 2):
-        left = v[at] if scale is None else v[at] * scale[at, None]
-        p = _product(left, right.t(), p)
-        inverse = _contrast_softmax_(p, scale, cos)
+    if metric == "cos":
+        _add_cos_gradient_(d_out, along, v, d_v, alpha, attention)
+    else:
+        _add_kl_gradient_(d_out, v, d_v, alpha)
+
+
+def _add_kl_gradient_(d_out: Tensor, v: Tensor, d_v: Tensor, alpha: float) -> None:
+    """The part of _aggregate_backward that goes through A, in row panels."""
+    log, d_log = (v + _EPS).log(), torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    for at, p, m in _panels(len(v), len(v), v, 2):
+        p = _product(v[at], log.t(), p)
+        inverse = _contrast_softmax_(p, None, False)
         m = _product(d_out[at], v.t(), m)
-        _softmax_grad_(m, p, inverse * alpha if scale is None else inverse * alpha * scale[at], scale, col_sum)
-        _add_product_(d_v, p.t(), d_out[at] * alpha)
-        _add_product_(d_right, m.t(), v[at])
-        d_v[at] += _product(m, right)
-    if not cos:
-        d_v.addcdiv_(d_right, v + _EPS)
-        return
+        _softmax_grad_(m, p, inverse * alpha)
+        _add_product_(d_v, p.t(), d_out[at], alpha)
+        _add_product_(d_log, m.t(), v[at])
+        d_v[at] += _product(m, log)
+    d_v.addcdiv_(d_log, v + _EPS)
+
+
+def _add_cos_gradient_(d_out: Tensor, along: Tensor, v: Tensor, d_v: Tensor, alpha: float, attention: Tensor) -> None:
+    """The part of _aggregate_backward that goes through A, in row panels of S's upper half.
+
+    S is symmetric: one product gives it for both halves, and dS_ij + dS_ji is multiplied by v at once, which makes 7
+    products for two values where whole rows take 10. Row sums of A o dA are <d_out, A v>, known from out.
+    """
+    n, scale = len(v), _inverse_norm(v)
+    direct = torch.cat([(d_out[at] * v[at]).sum(1) for at in _slices(*v.shape, v)]) * (1 - alpha)  # past A
+    stats = torch.cat([attention, torch.stack([(along - direct) / alpha, scale])])
+    col_sum = torch.zeros_like(direct)  # of A o dA
+    for at, *buffers in _panels(n, n, v, 3):
+        # Columns from the panel's own first row on; its first columns hold a block of the diagonal, both halves of it.
+        right, below = slice(at.start, n), slice(at.stop, n)
+        size = at.stop - at.start, n - at.start
+        s, x, y = (m.view(-1)[: size[0] * size[1]].view(size) for m in buffers)
+        s = _product(v[at] * scale[at, None], v[right].t(), s)
+        x, y = _product(d_out[at], v[right].t(), x), _product(v[at], d_out[right].t(), y)
+        sum_of_rows, sum_of_cols = _attention_grad_(s, x, y, stats[:, at].contiguous(), stats[:, right].contiguous())
+        _add_product_(d_v[at], s, v[right], alpha)
+        _add_product_(d_v[at], y, d_out[right], alpha)
+        _add_product_(d_v[below], s[:, size[0]:].t(), v[at], alpha)
+        _add_product_(d_v[below], x[:, size[0]:].t(), d_out[at], alpha)
+        col_sum[at] += sum_of_rows
+        col_sum[below] += sum_of_cols[size[0]:]
     # v^ = v/|v| takes <G, v> v/|v|^2 from its gradient G. d_v also holds what went past v^; that part's product with v
     # is (1 - alpha) <d_out, v> + alpha colsum(A o dA).
-    for at in _slices(n, v.shape[1], v):
+    for at in _slices(*v.shape, v):
         rows = v[at]
-        radial = ((d_v[at] - (1 - alpha) * d_out[at]) * rows).sum(1) - alpha * col_sum[at]
+        radial = (d_v[at] * rows).sum(1) - direct[at] - alpha * col_sum[at]
         d_v[at] -= (radial * scale[at] ** 2)[:, None] * rows
 
 
@@ -336,22 +377,43 @@ def _(s, col_scale, contrast):
     return s.new_empty(s.shape[0])
 
 
-@operator("softmax_grad_(Tensor(a!) m, Tensor p, Tensor row_scale, Tensor? col_scale, Tensor(b!) col_sum) -> ()")
-def _softmax_grad_(m, p, row_scale, col_scale, col_sum):
-    """m = dL/dP [R, N] becomes the gradient before the softmax P: m_ij <- P_ij (m_ij - sum_k P_ik m_ik) r_i c_j.
-
-    col_sum [N] += sum_i P_ij m_ij (of the old m). Bits depend on the number of threads, not on the run.
-    """
+@operator("softmax_grad_(Tensor(a!) m, Tensor p, Tensor row_scale) -> ()")
+def _softmax_grad_(m, p, row_scale):
+    """m = dL/dP [R, N] becomes the gradient before the softmax P: m_ij <- P_ij (m_ij - sum_k P_ik m_ik) r_i."""
     m.mul_(p)
-    col_sum += m.sum(0)
     m.addcmul_(p, m.sum(1, keepdim=True), value=-1).mul_(row_scale[:, None])
-    if col_scale is not None:
-        m.mul_(col_scale)
 
 
 @_softmax_grad_.register_fake
-def _(m, p, row_scale, col_scale, col_sum):
+def _(m, p, row_scale):
     return None
+
+
+@operator("attention_grad_(Tensor(a!) s, Tensor(b!) x, Tensor(c!) y, Tensor rows, Tensor cols)"
+          " -> (Tensor row_sum, Tensor col_sum)")
+def _attention_grad_(s, x, y, rows, cols):
+    """Back through the softmax A of a symmetric S, for a block of S and the block that mirrors it at once.
+
+    s, x, y: [R, N], contiguous: S_ij / c_j, dL/dA_ij and dL/dA_ji. rows [5, R], cols [5, N]: for each vector 1/t,
+    S_ii, A_ii, m = sum_k A_ik dL/dA_ik, and c = 1/|v|. With A_ij = A_ii exp((S_ij - S_ii)/t_i), as S_ii is the largest:
+    s_ij <- c_i c_j (A_ij (x_ij - m_i)/t_i + A_ji (y_ij - m_j)/t_j), x_ij <- A_ij, y_ij <- A_ji.
+    Returns sum_j A_ji y_ij [R] and sum_i A_ij x_ij [N]. Bits depend on the number of threads, not on the run.
+    """
+    r_inverse, r_top, r_peak, r_mean, r_scale = rows[:, :, None]
+    c_inverse, c_top, c_peak, c_mean, c_scale = cols[:, None, :]
+    s.mul_(c_scale)
+    a = ((s - r_top) * r_inverse).clamp_max_(0).exp_().mul_(r_peak)
+    b = ((s - c_top) * c_inverse).clamp_max_(0).exp_().mul_(c_peak)
+    row_sum, col_sum = (b * y).sum(1), (a * x).sum(0)
+    torch.mul(a * (x - r_mean) * r_inverse + b * (y - c_mean) * c_inverse, r_scale * c_scale, out=s)
+    x.copy_(a)
+    y.copy_(b)
+    return row_sum, col_sum
+
+
+@_attention_grad_.register_fake
+def _(s, x, y, rows, cols):
+    return s.new_empty(s.shape[0]), s.new_empty(s.shape[1])
 
 
 def _exact_argmax(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -450,25 +512,28 @@ def _product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(x, y, out=out)
 
 
-def _add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """total += x @ y."""
+def _add_product_(total: Tensor, x: Tensor, y: Tensor, factor: float = 1) -> None:
+    """total += factor x @ y."""
     if not _takes_onednn(x, y):
-        total.addmm_(x, y)
+        total.addmm_(x, y, alpha=factor)
         return
     if total.stride(0) == 1:  # a view of [C, N]: rows are written, not columns
         total, x, y = total.t(), y.t(), x.t()
         for at in _slices(total.shape[1], len(total), total):
-            total[:, at] += _product(x, y[:, at])
+            total[:, at].add_(_product(x, y[:, at]), alpha=factor)
     else:
         for at in _slices(*total.shape, total):
-            total[at] += _product(x[at], y)
+            total[at].add_(_product(x[at], y), alpha=factor)
 
 
 def _slices(n: int, width: int, like: Tensor):
-    """Slices of n rows of this width that hold about the bytes of a panel on like's device, as even as possible."""
+    """Slices of n rows of this width that hold about the bytes of a panel on like's device, as even as possible.
+
+    They start at multiples of 16 rows: a matrix product whose rows start inside a vector register takes a fifth longer.
+    """
     budget = _panel_bytes() if like.device.type == "cpu" else _GPU_PANEL_BYTES
     count = max(1, -(-n * width * like.element_size() // budget))
-    rows = -(-n // count)
+    rows = -(-n // count // 16) * 16
     return [slice(i, min(i + rows, n)) for i in range(0, n, max(rows, 1))]
 
 
