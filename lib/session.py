@@ -345,10 +345,12 @@ class Log:
             self.bar.update()
 
     def losses(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Record the scalars of one logging step."""
+        """Record the scalars of one logging step. The console shows totals alone where there are totals."""
         if not self.run.is_main:
             return
         self._write(iteration, values)
+        if any(k.endswith("_total") for k in values):
+            values = {k: v for k, v in values.items() if k.endswith("_total") or not k.startswith("loss_")}
         text = " ".join(f"{k} = {v:.3g}" if k.startswith("lr") else f"{k} = {v}" if isinstance(v, int)
                         else f"{k} = {v:.3f}" for k, v in values.items())
         memory = f"{runtime.peak_memory(self.run.device):.1f} GiB"

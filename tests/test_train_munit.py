@@ -115,7 +115,7 @@ def run_step(modules, trainer, x, run=RUN, limit=1e6):
 
 
 @pytest.mark.parametrize("trainer", ["MUNIT", "UNIT"])
-def test_run_and_resume(trainer, pair, config, tmp_path, in_this_process):
+def test_run_and_resume(trainer, pair, config, tmp_path, in_this_process, capsys):
     """The release's files under the release's names; a resumed run ends with the same bits as an undisturbed one."""
     common = ["--trainer", trainer, "--config", str(config), "--output_path", str(tmp_path / "whole"), "--cpu",
               *data(pair)]
@@ -127,6 +127,8 @@ def test_run_and_resume(trainer, pair, config, tmp_path, in_this_process):
     assert [line["lr"] for line in logged(folder, "loss_gen_total")] == [1e-4, 5e-5, 5e-5, 2.5e-5]
     expected = {"cycrecon_x_a" if trainer == "MUNIT" else "cyc_x_a", "recon_x_a", "adv_b"}
     assert {f"loss_gen_{name}" for name in expected} <= logged(folder)[0].keys()
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("iter ="))
+    assert "loss_gen_total = " in shown and "lr = " in shown and "recon_x_a" not in shown
 
     keys, _ = load_reference("translation")
     pair_of, meta = read_pair(folder / "checkpoints/gen_00000004.pt")
