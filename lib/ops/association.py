@@ -225,9 +225,9 @@ def _chosen(left, left_scale, right, right_scale, rows, index, weight, d_left, d
 
 
 def _aggregate(v: Tensor, out: Tensor, metric: str, alpha: float) -> Tensor | None:
-    """out = (1 - alpha) v + alpha A v for v, out [N, C]. Returns, for cos, what gives rows of A again: 1/t, S_ii, A_ii.
+    """out = (1 - alpha) v + alpha A v for v, out [N, C].
 
-    (cos: [3, N]; else None.)
+    For cos, returns what gives A's rows again without their sums: 1/t, S_ii and A_ii, [3, N]. For kl, None.
     """
     if alpha == 0:
         out.copy_(v)
