@@ -529,7 +529,7 @@ def _add_product_(total: Tensor, x: Tensor, y: Tensor, factor: float = 1) -> Non
 def _slices(n: int, width: int, like: Tensor):
     """Slices of n rows of this width that hold about the bytes of a panel on like's device, as even as possible.
 
-    They start at multiples of 16 rows: a matrix product whose rows start inside a vector register takes a fifth longer.
+    They start at multiples of 16 rows: a matrix product whose rows start inside a register took up to a fifth longer.
     """
     budget = _panel_bytes() if like.device.type == "cpu" else _GPU_PANEL_BYTES
     count = max(1, -(-n * width * like.element_size() // budget))
