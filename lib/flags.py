@@ -77,13 +77,15 @@ def parser(description: str) -> argparse.ArgumentParser:
 def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[str, object]) -> argparse.Namespace:
     """The arguments; with --demo those of ``demo`` are the defaults, in which {seed} is the seed, {method} --method.
 
-    A --source other than the demo's lies where its own description says. The arguments' ``flag_names`` say how each is
-    written on the command line.
+    A --source or --target other than the demo's lies where its own description says (but not in re-ID, where one folder
+    holds both). The arguments' ``flag_names`` say how each is written on the command line.
     """
     known = p.parse_known_args(argv)[0]
     if known.demo:
-        if "source" in demo and known.source not in (p.get_default("source"), demo["source"]):
-            demo = {key: value for key, value in demo.items() if key != "data_dir"}
+        folders = {"source": "data_dir", "target": "data_dir_target"} if "data_dir_target" in demo else {}
+        foreign = {folder for domain, folder in folders.items()
+                   if getattr(known, domain) not in (p.get_default(domain), demo[domain])}
+        demo = {key: value for key, value in demo.items() if key not in foreign}
         p.set_defaults(**{key: value.format(**vars(known), seed=known.random_seed) if isinstance(value, str) else value
                           for key, value in demo.items()})
     args = p.parse_args(argv)

@@ -38,9 +38,13 @@ def test_no_two_variants_share_one():
     assert len(set(FOLDERS.values())) == len(FOLDERS)
 
 
-def test_the_demo_takes_another_source_from_its_own_folder():
+def test_the_demo_takes_another_data_set_from_its_own_folder():
     parse = importlib.import_module("train_adaptsegnet").parse_args
     demo = ["--demo", "--random-seed", "7"]
     assert parse(demo).data_dir == parse([*demo, "--source", "gta5"]).data_dir == "data/demo/7/gta5"
     other = parse([*demo, "--source", "translated.json"])
     assert other.data_dir is None and other.data_dir_target == "data/demo/7/cityscapes"
+    other = parse([*demo, "--target", "mytown.json"])
+    assert other.data_dir == "data/demo/7/gta5" and other.data_dir_target is None
+    persons = importlib.import_module("train_ecn").parse_args([*demo, "-s", "market"])
+    assert persons.data_dir == "data/demo/persons/7"
