@@ -16,8 +16,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -26,6 +26,8 @@
 
 namespace segadapt {
 namespace {
+
+#define SEGADAPT_INLINE __attribute__((always_inline))  // a call for each strip, its registers saved, costs a tenth
 
 constexpr int64_t kBlock = 256, kLanes = Vec<float>::lanes;  // pixels
 constexpr int64_t kGroup = 64, kStrips = kGroup / kLanes;    // a class lies in pages of its own: one line from
@@ -128,20 +130,21 @@ class Upsampler {
     if (!in_place_) {
       const float *a = buffer_[0].data() + begin, *b = buffer_[1].data() + begin;
       const vf w0 = splat(rows_.w0[y_]), w1 = splat(rows_.w1[y_]);
-      collect(
-          [&](int64_t c, int64_t j) { return fused(load(a + c * stride_ + j), w0, load(b + c * stride_ + j) * w1); },
-          offset, out, top);
+      collect([=, stride = stride_](int64_t c, int64_t j)
+                  SEGADAPT_INLINE { return fused(load(a + c * stride + j), w0, load(b + c * stride + j) * w1); },
+              offset, out, top);
       return;
     }
-    vf poison[kStrips] = {};  // 0 * v is 0 for finite v alone
+    vf poison[4] = {};  // 0 * v is 0 for finite v alone
     const int64_t area = H_ * W_;
     const S* x = x_ + y_ * W_ + (mirror_ ? W_ - 1 - begin : begin);
-    const auto checked = [&](int64_t j, vf v) {
-      poison[j / kLanes] = fused(v, vf{}, poison[j / kLanes]);
+    const auto checked = [&](int64_t j, vf v) SEGADAPT_INLINE {
+      poison[j / kLanes % 4] = fused(v, vf{}, poison[j / kLanes % 4]);
       return v;
     };
     if (std::is_same_v<S, float> && n == kGroup && !mirror_) {
-      collect([&](int64_t c, int64_t j) { return checked(j, load(reinterpret_cast<const float*>(x) + c * area + j)); },
+      collect([&, x, area](int64_t c, int64_t j)
+                  SEGADAPT_INLINE { return checked(j, load(reinterpret_cast<const float*>(x) + c * area + j)); },
               offset, out, top);
     } else {
       collect(
@@ -159,11 +162,37 @@ class Upsampler {
     }
   }
 
-  // Where class 0 lies kAhead columns after begin, and how far apart the classes are; memory that is at hand where the
-  // map is not read in place. The steps that compute fetch it: reading alone would not keep the memory busy.
-  std::pair<const S*, int64_t> ahead(int64_t begin) const {
-    if (!in_place_ || mirror_) return {x_, 0};
-    return {x_ + y_ * W_ + begin + kAhead, H_ * W_};
+  // The same for any n pixels (at most kGroup) of the row, which begins with pixel begin, and without an offset. The
+  // last strip is filled up with the last pixel.
+  void gather(const int32_t* pixels, int64_t n, int64_t begin, float* out, vf* top) const {
+    int32_t column[kGroup];
+    const int64_t end = (n + kLanes - 1) / kLanes * kLanes;
+    for (int64_t j = 0; j < end; ++j) column[j] = pixels[std::min(j, n - 1)] - static_cast<int32_t>(begin);
+    const auto collect = [&](const auto& value) SEGADAPT_INLINE {
+      for (int64_t j = 0; j < end; j += kLanes) {
+        vf best = splat(-std::numeric_limits<float>::infinity());
+        for (int64_t c = 0; c < classes_; ++c) {
+          vf v;
+          for (int64_t l = 0; l < kLanes; ++l) v[l] = value(c, column[j + l]);
+          store(out + c * kGroup + j, v);
+          best = vmax(v, best);
+        }
+        top[j / kLanes] = best;
+      }
+    };
+    if (in_place_) {
+      collect([x = x_ + y_ * W_, area = H_ * W_](int64_t c, int32_t i) { return static_cast<float>(x[c * area + i]); });
+    } else {
+      collect([a = buffer_[0].data(), b = buffer_[1].data(), w0 = rows_.w0[y_], w1 = rows_.w1[y_], stride = stride_](
+                  int64_t c, int32_t i) { return fused(a[c * stride + i], w0, b[c * stride + i] * w1); });
+    }
+  }
+
+  // What to prefetch while the group at begin is worked on: where class 0 lies kAhead columns later, and how many bytes
+  // the classes are apart. Reading alone would not keep the memory busy. (0 apart where the map is not read in place.)
+  std::pair<const char*, int64_t> ahead(int64_t begin) const {
+    if (!in_place_ || mirror_) return {reinterpret_cast<const char*>(x_), 0};
+    return {reinterpret_cast<const char*>(x_ + y_ * W_ + begin + kAhead), H_ * W_ * int64_t(sizeof(S))};
   }
 
   // The first class of the largest value for columns begin .. begin + n; false when one is not finite.
@@ -187,16 +216,19 @@ class Upsampler {
 
  private:
   template <typename Value>
-  void collect(const Value& value, const float* offset, float* out, vf* top) const {
+  SEGADAPT_INLINE void collect(const Value& value, const float* offset, float* out, vf* top) const {
     vf best[kStrips];
     for (vf& v : best) v = splat(-std::numeric_limits<float>::infinity());
-    for (int64_t c = 0; c < classes_; ++c) {
-#pragma GCC unroll 16
-      for (int64_t k = 0; k < kStrips; ++k) {
+    for (int64_t c = 0, classes = classes_; c < classes; ++c) {
+      const vf shift = splat(offset[c]);
+      const auto strip = [&](auto k) SEGADAPT_INLINE {
         const vf v = value(c, k * kLanes);
         store(out + c * kGroup + k * kLanes, v);
-        best[k] = vmax(v - offset[c], best[k]);
-      }
+        best[k] = vmax(v - shift, best[k]);
+      };
+      [&]<int64_t... k>(std::integer_sequence<int64_t, k...>) SEGADAPT_INLINE {
+        (strip(std::integral_constant<int64_t, k>()), ...);
+      }(std::make_integer_sequence<int64_t, kStrips>());
     }
     std::copy_n(best, kStrips, top);
   }
@@ -207,27 +239,27 @@ class Upsampler {
     const int32_t *i0 = columns_.i0.data(), *i1 = columns_.i1.data();
     const T *w0 = columns_.w0.data(), *w1 = columns_.w1.data();
     std::vector<T> source(w_ + kLanes);
+    T poison = 0;
     for (int64_t c = 0; c < classes_; ++c) {
       const S* x = x_ + (c * h_ + y) * w_;
       for (int64_t j = 0; j < w_; ++j) {
         source[j] = static_cast<T>(x[j]);
-        poison_ = fused(source[j], T(0), poison_);
+        poison = fused(source[j], T(0), poison);
       }
       T* out = buffer_[slot].data() + c * stride_;
       int64_t j = 0;
-#if defined(__AVX512F__)
       if constexpr (std::is_same_v<T, float>) {  // kLanes neighbours need no more than kLanes source pixels
         for (; j + kLanes <= W_ && i1[j + kLanes - 1] - i0[j] < kLanes; j += kLanes) {
-          const __m512 pixels = (__m512)load(source.data() + i0[j]);
-          const vf a = (vf)_mm512_permutexvar_ps((__m512i)(load_indices(i0 + j) - i0[j]), pixels);
-          const vf b = (vf)_mm512_permutexvar_ps((__m512i)(load_indices(i1 + j) - i0[j]), pixels);
+          const vf pixels = load(source.data() + i0[j]);
+          const vf a = permuted(pixels, load_indices(i0 + j) - i0[j]);
+          const vf b = permuted(pixels, load_indices(i1 + j) - i0[j]);
           store(out + j, fused(a, load(w0 + j), b * load(w1 + j)));
         }
       }
-#endif
       for (; j < W_; ++j) out[j] = fused(source[i0[j]], w0[j], source[i1[j]] * w1[j]);
       if (mirror_) std::reverse(out, out + W_);
     }
+    poison_ += poison;
   }
 
   const S* x_;
@@ -241,7 +273,7 @@ class Upsampler {
   T poison_ = 0;
 };
 
-constexpr int64_t kTaskPixels = 1 << 15;
+constexpr int64_t kTaskPixels = 1 << 15, kSmallTurn = 1 << 12;  // the logits of so few stay in the L2 cache
 
 int64_t rows_per_task(int64_t rows, int64_t width) {
   return std::max<int64_t>(1, std::min<int64_t>(rows, kTaskPixels / std::max<int64_t>(1, width)));
@@ -296,7 +328,8 @@ at::Tensor upsample_argmax(const at::Tensor& logits_, at::IntArrayRef size, bool
 // Confidence (softmax alone, no mirrored image, no prior). The winner has v_c = top, so e_c = 1 and p_c = 1 / sum to
 // the bit: no e_c need be stored, no p_c computed. Another class with v_c - top < -2^-20 has e_c < (1 - 2^-20 + 2^-41)
 // (1 + 2^-22) < 1 - 2^-21, so that e_c / sum rounds to less than 1 / sum. Hence: when one class alone lies within
-// 2^-20 of top, it wins. Otherwise (ties, too) the exact path.
+// 2^-20 of top, it wins. Otherwise (ties, too) the exact path. (A float below the rounded top - 2^-20 is not above the
+// true one.)
 constexpr float kClose = -0x1p-20f;
 
 // A rough exponential is within kRough = 2^-17 of e^x (see rough_exp), for every x of weight: where it is not, both are
@@ -305,7 +338,8 @@ constexpr float kClose = -0x1p-20f;
 // bound, as both terms are positive; mean, prior, the factor 1 / t_c and the exact division add 4 u.
 //
 // Confidences inside one bin (the second pass). Two floats whose quotient is within error of 1 are less than 2^24 error
-// units apart: only a rough confidence in the bin, or so near to it, can have its exact value there.
+// units apart: only a rough confidence in the bin, or so near to it, can have its exact value there. Of softmaxes alone
+// a quick confidence is enough, with kQuick as error.
 //
 // Labels with a mirrored image or a prior.
 // |rough / exact - 1| < error for the quotients p_c / t_c that matter: where neither 1 / t_c nor a quotient leaves the
@@ -331,7 +365,9 @@ constexpr float kRough = 0x1p-17f, kSmallestThreshold = 0x1p-100f, kLargestThres
 //   T <= 1 - margin  the exact maximum is at least 1;
 //   T >= 1 + margin  it is below 1: the label is 255.
 // A class whose exact quotient may equal the winner's has v_c - B >= l_c - 2 margin: one alone is the winner.
-constexpr float kLargestBest = 64.f;
+// With quick exponentials, which are within 3.1 %, T is within 3.1 %, too. As margin < 2e-4, what is at least 1.036 or
+// at most 0.964 then needs no better ones.
+constexpr float kLargestBest = 64.f, kQuick = 0.036f;
 
 // Labels from the largest probability p_a and its class a alone, which an earlier pass has found. A quotient p / t of
 // floats rounds to 1 or more exactly where p >= t: the float before t is at most t (1 - u), and 1 - u is a float. So
@@ -373,6 +409,14 @@ inline vf rough_exp(vf x) {
 #endif
 }
 
+// e^x to within 3.1 % for x <= 70, through 2^z = 2^floor(z) 2^f and 2^f < 1 + f < 1.062 2^f: the bits of a float grow
+// evenly with z between powers of two. They start 366,000 lower, which centres the error. Where that leaves the normal
+// numbers, at z = -126, the result is below 2^-126, as e^x is.
+inline vf quick_exp(vf x) {
+  constexpr float scale = 0x1p23f * 1.44269504f, one = 127 * 0x1p23f - 366000.f;
+  return from_bits(__builtin_convertvector(vmax(fused(x, splat(scale), splat(one)), vf{}), vi));
+}
+
 // The two largest values of a strip's pixels, and the class of the largest. Values are positive.
 struct Best {
   vf value{}, second{};
@@ -386,30 +430,30 @@ struct Best {
   }
 };
 
-// What is found in the classes of a strip's pixels: the sum of exp(value - top), the tag of the last class for which
-// value - top is at least near, and the number of these classes.
-struct Scan {
-  vf sum{};
-  vi tag{}, count{};
+// Which classes of a strip's pixels have values of at least bound + margin[c]: 256 and the class's index, added up, so
+// that the low byte is the index where there is one such class. ahead, stride: what to prefetch, see Upsampler::ahead.
+__attribute__((noinline)) vi near_classes(const float* value, int64_t classes, vf bound, const float* margin,
+                                          const char* ahead, int64_t stride) {
+  vi near{}, tag = vi{} + 256;
+  for (int64_t c = 0; c < classes; ++c, tag += 1, ahead += stride) {
+    __builtin_prefetch(ahead);
+    near += (load(value + c * kGroup) >= bound + margin[c]) & tag;
+  }
+  return near;
+}
+inline uint32_t several(vi near) { return mask_ge(__builtin_convertvector(near, vf), splat(512.f)); }
 
-  uint32_t several() const { return mask_ge(__builtin_convertvector(count, vf), splat(2.f)); }
-};
-
-// near and tags: of each class. ahead: of class 0, and how many bytes the classes are apart: what to prefetch. (Not
-// inlined: among all else of a strip the compiler would run out of registers in this loop, where the time goes.)
+// The sum of exp(value - top), in the classes' order. (These two are not inlined: among all else of a strip the
+// compiler would run out of registers in these loops, where the time goes.)
 template <vf (*exp)(vf)>
-__attribute__((noinline)) Scan scan_classes(const float* value, int64_t classes, vf top, const float* near,
-                                            const int32_t* tags, const char* ahead, int64_t stride) {
-  Scan found;
+__attribute__((noinline)) vf sum_exponentials(const float* value, int64_t classes, vf top, const char* ahead,
+                                              int64_t stride) {
+  vf sum{};
   for (int64_t c = 0; c < classes; ++c, ahead += stride) {
     __builtin_prefetch(ahead);
-    const vf x = load(value + c * kGroup) - top;
-    const vi is_near = x >= splat(near[c]);
-    found.tag = is_near ? vi{} + tags[c] : found.tag;
-    found.count -= is_near;  // true is -1
-    found.sum += exp(x);
+    sum += exp(load(value + c * kGroup) - top);
   }
-  return found;
+  return sum;
 }
 
 struct Strip {  // kLanes pixels: the probabilities of class c are load(value + c * kGroup) * scale
@@ -418,6 +462,17 @@ struct Strip {  // kLanes pixels: the probabilities of class c are load(value + 
 
   vf operator()(int64_t c) const { return load(value + c * kGroup) * scale; }
 };
+
+// Stores n of kLanes values; a call of memcpy for each strip would cost as much as a class does.
+template <typename V, typename T>
+inline void store_strip(T* out, const V& values, int64_t n) {
+  static_assert(sizeof(V) == kLanes * sizeof(T));
+  if (n == kLanes) {
+    std::memcpy(out, &values, sizeof values);
+  } else {
+    std::memcpy(out, &values, n * sizeof(T));
+  }
+}
 
 // What labels are chosen by.
 struct Thresholds {
@@ -486,50 +541,61 @@ class Probabilities {
   void gather(int64_t begin, int64_t n) {
     begin_ = begin;
     for (auto& source : sources_) source.map.gather(begin, n, offset_, source.value.data(), source.top);
+    std::tie(ahead_, ahead_stride_) = sources_[0].map.ahead(begin);
   }
 
   void select(int64_t strip, int64_t n) { strip_ = strip, n_ = n; }
 
-  // Of plain() strips: the confidence of each pixel and its class. Bits of the pixels for which that is not certain.
-  uint32_t confidence(const std::vector<int32_t>& classes, vf& confidence, vi& index) const {
-    const Scan found = scan<exp_negative<vf>>(close_.data(), classes.data());
-    confidence = 1.f / found.sum, index = found.tag;
-    return found.several();
+  // Of plain() strips: the class of each pixel. Bits of the pixels for which that is not certain.
+  uint32_t winner(vi& index) const {
+    const vi near = find_near(close_.data());
+    index = near & 255;
+    return several(near);
   }
 
-  // Of softmaxes: the class of each pixel and, outside of that class's bin, its rough confidence. Bits of the pixels
-  // for which that is not certain, or which may be in the bin. bins: the bits of the bin's first float, the class
-  // added.
-  uint32_t confidence_outside(const std::vector<int32_t>& bins, vf& confidence, vi& index) {
-    constexpr int32_t size = 1 << kBinBits;
-    vi bin{};
-    uint32_t unclear = 0;
-    if (plain()) {
-      const Scan found = scan<rough_exp>(close_.data(), bins.data());
-      confidence = 1.f / found.sum, bin = found.tag;
-      unclear = found.several();
-    } else {
-      const Best best = best_quotients(ones_.data());
-      confidence = best.value;
-      for (int64_t l = 0; l < kLanes; ++l) bin[l] = bins[best.index[l]];
-      unclear = mask_ge(best.second, best.value * (1.f - 4 * rough_error(C_))) |
-                ~mask_ge(best.value, splat(kSmallestThreshold));
+  // Of plain() strips: the confidence of each pixel, or what that is within kQuick of.
+  vf confidence() const { return 1.f / sum<exp_negative<vf>>(); }
+  vf quick_confidence() const { return 1.f / sum<quick_exp>(); }
+
+  // Of plain() ones: the confidences of n pixels of the selected row, which begins with pixel begin.
+  void confidences(const int32_t* pixels, int64_t n, int64_t begin, float* out) {
+    for (int64_t i = 0; i < n; i += kGroup) {
+      const int64_t group = std::min(kGroup, n - i);
+      sources_[0].map.gather(pixels + i, group, begin, sources_[0].value.data(), sources_[0].top);
+      for (int64_t j = 0; j < group; j += kLanes) {
+        const int64_t strip = std::min(kLanes, group - j);
+        select(j / kLanes, strip);
+        store_strip(out + i + j, confidence(), strip);
+      }
     }
-    index = bin & (size - 1);
-    const int32_t units = 2 + static_cast<int32_t>(0x1p24f * rough_error(C_));
-    const vi distance = as_bits(confidence) - (bin & -size);
-    const vi inside = (distance >= -units) & (distance < size + units);
-    return unclear | mask_ge(__builtin_convertvector(-inside, vf), splat(1.f));
+  }
+
+  // Of softmaxes: the class of each pixel and its rough confidence. Bits of the pixels for which these are not certain.
+  uint32_t rough_confidence(vf& confidence, vi& index) {
+    const Best best = best_quotients(ones_.data());
+    confidence = best.value, index = best.index;
+    return mask_ge(best.second, best.value * (1.f - 4 * rough_error(C_))) |
+           ~mask_ge(best.value, splat(kSmallestThreshold));
   }
 
   // Of plain() strips: bits of the pixels whose label is not certain.
-  uint32_t label(const std::vector<int32_t>& classes, const Thresholds& thresholds, vi& label) const {
-    const Scan found = scan<rough_exp>(thresholds.near.data(), classes.data());
+  uint32_t label(const Thresholds& thresholds, vi& label) const {
     const vf best = sources_[0].top[strip_];
-    label = found.sum <= splat(1.f) ? found.tag : vi{} + 255;
-    const uint32_t none = mask_ge(found.sum, splat(1.f + thresholds.margin));
-    const uint32_t one = mask_ge(splat(1.f - thresholds.margin), found.sum) & ~found.several();
-    return ~(none | one) | ~mask_ge(splat(kLargestBest), vmax(best, -best));
+    const uint32_t bounded = mask_ge(splat(kLargestBest), vmax(best, -best));
+    vf total = sum<quick_exp>();
+    uint32_t none = bounded & mask_ge(total, splat(1.f + kQuick));
+    label = vi{} + 255;
+    if (none == kAllLanes) return 0;
+    const vi near = find_near(thresholds.near.data());
+    const uint32_t one = bounded & ~several(near);
+    uint32_t some = one & mask_ge(splat(1.f - kQuick), total);
+    if ((none | some) != kAllLanes) {
+      total = sum<rough_exp>();
+      none = bounded & mask_ge(total, splat(1.f + thresholds.margin));
+      some = one & mask_ge(splat(1.f - thresholds.margin), total);
+    }
+    label = total <= splat(1.f) ? near & 255 : label;
+    return kAllLanes & ~(none | some);
   }
 
   // The largest quotients p / t, to within rough_error; inverse: 1 / t. Of softmaxes only.
@@ -588,14 +654,18 @@ class Probabilities {
                         {}});
   }
 
-  // The selected strip of a softmax alone: the sum of exp(value - top), and the last class that reaches near.
-  template <vf (*exp)(vf)>
-  Scan scan(const float* near, const int32_t* tags) const {
-    const auto [ahead, stride] = sources_[0].map.ahead(begin_ + strip_ * kLanes);
-    return scan_classes<exp>(values(sources_[0]), C_, sources_[0].top[strip_], near, tags,
-                             reinterpret_cast<const char*>(ahead), stride * int64_t(sizeof(S)));
+  // Of the selected strip of a softmax alone: the classes whose values are at least top + margin[c].
+  vi find_near(const float* margin) const {
+    return near_classes(values(sources_[0]), C_, sources_[0].top[strip_], margin, ahead(), ahead_stride_);
   }
 
+  // The same: the sum of exp(value - top).
+  template <vf (*exp)(vf)>
+  vf sum() const {
+    return sum_exponentials<exp>(values(sources_[0]), C_, sources_[0].top[strip_], ahead(), ahead_stride_);
+  }
+
+  const char* ahead() const { return ahead_ + strip_ * kLanes * int64_t(sizeof(S)); }
   float* values(Source& source) const { return source.value.data() + strip_ * kLanes; }
   const float* values(const Source& source) const { return source.value.data() + strip_ * kLanes; }
 
@@ -631,87 +701,78 @@ class Probabilities {
   bool softmax_;
   float poison_ = 0.f;
   const float *offset_, *prior_;
+  const char* ahead_ = nullptr;  // see Upsampler::ahead
+  int64_t ahead_stride_ = 0;
   std::vector<float> close_, ones_;  // of each class
   std::vector<Source> sources_;
 };
 
-#define SEGADAPT_INLINE __attribute__((always_inline))  // a call for each strip, its registers saved, costs a tenth
+// Where the rows' turns begin, and where the last one ends. A turn is what one thread takes at a time: enlarged maps'
+// rows between the same two source rows, so that the source stays in the L1 cache while groups of columns are walked
+// through all of them; otherwise as many as make up so many pixels.
+std::vector<int64_t> make_turns(const AxisTable<float>& rows, int64_t W, bool in_place, int64_t pixels) {
+  const int64_t H = rows.i0.size(), most = std::max<int64_t>(1, (in_place ? pixels : kTaskPixels) / W);
+  std::vector<int64_t> turns{0};
+  for (int64_t y = 1; y < H; ++y) {
+    const bool same = in_place || (rows.i0[y] == rows.i0[y - 1] && rows.i1[y] == rows.i1[y - 1]);
+    if (!same || y - turns.back() == most) turns.push_back(y);
+  }
+  turns.push_back(H);
+  return turns;
+}
 
-// For each image and block of its rows, one after the other: visit(probabilities with a strip selected, offset of its
-// first pixel in the block, number of pixels) for all strips, in several threads where parallel; then finish(image,
-// first row, number of rows). offset: see Probabilities. start: called before all of it with the pixels of a block.
-// done(offset of the first pixel in the block, number of pixels): whether a group needs no visit, nor its logits.
+// For each image and block of its rows (a turn for each thread), one after the other: visit(probabilities with a strip
+// selected, offset of its first pixel in the block, number of pixels) for all strips, in several threads where
+// parallel; then finish(image, first row, number of rows, for_each_turn), where for_each_turn(f) calls f(probabilities,
+// first row, end) as the strips were visited. turn: pixels of maps that are read in place. offset: see Probabilities.
+// start: called before all of it with the most pixels of a block. done(offset of the first pixel in the block, number
+// of pixels): whether a group needs no visit, nor its logits.
 template <typename Start, typename Done, typename Visit, typename Finish>
-void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, const float* offset, const Start& start,
-                    const Done& done, const Visit& visit, const Finish& finish) {
+void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, int64_t turn, const float* offset,
+                    const Start& start, const Done& done, const Visit& visit, const Finish& finish) {
   const int64_t H = size[0], W = size[1], threads = parallel ? at::get_num_threads() : 1;
-  const int64_t share = std::min((H + threads - 1) / threads, std::max<int64_t>(1, kTaskPixels / W));  // rows
-  const int64_t groups = (W + kGroup - 1) / kGroup;
   const AxisTable<float> rows(maps.logits.size(2), H, maps.align_corners),
       columns(maps.logits.size(3), W, maps.align_corners);
-  start(std::min(H, threads * share) * W);
   const bool in_place = maps.logits.size(2) == H && maps.logits.size(3) == W;
-  // Rows between the same two source rows take turns, a group of columns each, so that the source stays in the L1
-  // cache.
-  const auto end_of_turns = [&](int64_t y, int64_t end) {
-    int64_t next = y + 1;
-    while (!in_place && next < end && rows.i0[next] == rows.i0[y] && rows.i1[next] == rows.i1[y]) ++next;
-    return next;
-  };
+  const std::vector<int64_t> turns = make_turns(rows, W, in_place, turn);
+  const int64_t count = turns.size() - 1, groups = (W + kGroup - 1) / kGroup;
+  int64_t most = 0;
+  for (int64_t k = 0; k < count; k += threads) most = std::max(most, turns[std::min(k + threads, count)] - turns[k]);
+  start(most * W);
   bool finite = true;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, maps.logits.scalar_type(), "pseudo_label", [&] {
     for (int64_t image = 0; image < maps.logits.size(0); ++image) {
       std::vector<Probabilities<scalar_t>> sources;
       for (int64_t k = 0; k < threads; ++k) sources.emplace_back(maps, image, rows, columns, offset);
-      for (int64_t block = 0; block < H; block += threads * share) {
-        const int64_t block_end = std::min(H, block + threads * share);
-        const auto visit_group = [&](auto& source, int64_t row, int64_t begin) SEGADAPT_INLINE {
-          const int64_t end = std::min(begin + kGroup, W);
-          source.select_row(row);
-          source.gather(begin, end - begin);
-          for (int64_t j = begin; j < end; j += kLanes) {
-            const int64_t n = std::min(kLanes, W - j);
-            source.select((j - begin) / kLanes, n);
-            visit(source, (row - block) * W + j, n);
-          }
+      for (int64_t first = 0; first < count; first += threads) {
+        const int64_t last = std::min(first + threads, count), block = turns[first];
+        const auto for_each_turn = [&](const auto& f) {
+          at::parallel_for(first, last, 1, [&](int64_t k, int64_t end) {
+            for (; k < end; ++k) f(sources[k - first], turns[k], turns[k + 1]);
+          });
         };
-        at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-          for (int64_t k = first; k < last; ++k) {
-            const int64_t end = std::min(block_end, block + (k + 1) * share);
-            std::vector<char> skipped;  // of the rows that take turns: groups, row by row
-            for (int64_t y = block + k * share, next; y < end; y = next) {
-              next = end_of_turns(y, end);
-              skipped.clear();
-              for (int64_t row = y; row < next; ++row) {
-                for (int64_t i = 0; i < W; i += kGroup) {
-                  skipped.push_back(done((row - block) * W + i, std::min(kGroup, W - i)));
-                }
-              }
-              for (int64_t i = 0; i < groups; ++i) {
-                for (int64_t row = y; row < next; ++row) {
-                  if (!skipped[(row - y) * groups + i]) visit_group(sources[k], row, i * kGroup);
-                }
-              }
+        for_each_turn([&](auto& source, int64_t begin, int64_t end) {
+          const int64_t height = end - begin;
+          for (int64_t k = 0; k < groups * height; ++k) {
+            const int64_t y = begin + (in_place ? k / groups : k % height);
+            const int64_t i = (in_place ? k % groups : k / height) * kGroup;
+            const int64_t pixel = (y - block) * W + i, pixels = std::min(kGroup, W - i);
+            if (done(pixel, pixels)) continue;
+            source.select_row(y);
+            source.gather(i, pixels);
+            for (int64_t j = 0; j < pixels; j += kLanes) {
+              const int64_t n = std::min(kLanes, pixels - j);
+              source.select(j / kLanes, n);
+              visit(source, pixel + j, n);
             }
           }
         });
-        finish(image, block, block_end - block);
+        finish(image, block, turns[last] - block, for_each_turn);
       }
       for (const auto& source : sources) finite &= source.finite();
     }
   });
   TORCH_CHECK_VALUE(finite, "logits (or the prior) hold NaN or infinite values");
-}
-
-// Stores n of kLanes values; a call of memcpy for each strip would cost as much as a class does.
-template <typename V, typename T>
-inline void store_strip(T* out, const V& values, int64_t n) {
-  static_assert(sizeof(V) == kLanes * sizeof(T));
-  if (n == kLanes) {
-    std::memcpy(out, &values, sizeof values);
-  } else {
-    std::memcpy(out, &values, n * sizeof(T));
-  }
 }
 
 inline void store_labels(uint8_t* out, vi index, int64_t n) { store_strip(out, to_bytes(index), n); }
@@ -727,6 +788,24 @@ struct Counter {
   void operator()(int64_t c, float confidence) const {
     const int64_t cell = cell_of(confidence, bins ? bins + c : nullptr);
     if (cell >= 0) ++hist[c * width + cell];
+  }
+
+  void add_pixels(int64_t c, int64_t pixels) const {
+    if (!bins) hist[c * width + kPixels] += pixels;
+  }
+
+  // Of all pixels, sampled or not: those whose confidence no bin holds.
+  void add_invalid(const uint8_t* label, const float* confidence, int64_t pixels) const {
+    for (int64_t i = 0; i < pixels && !bins; ++i) {
+      if (!is_countable(confidence[i])) ++hist[label[i] * width + kInvalid];
+    }
+  }
+
+  // Whether a confidence that is known to within error (see "Confidences inside one bin") may be in the class's bin.
+  bool may_hold(int64_t c, float confidence, float error) const {
+    const int32_t units = 2 + static_cast<int32_t>(0x1p24f * error), size = 1 << kBinBits;
+    const int32_t distance = as_bits(confidence) - static_cast<int32_t>(bins[c]) * size;
+    return distance >= -units && distance < size + units;
   }
 };
 
@@ -752,34 +831,26 @@ inline int64_t end_of_run(const uint8_t* label, int64_t i, int64_t pixels) {
 // Every rate-th pixel of each class of an image in raster order, a piece after the other.
 class Sampler {
  public:
-  Sampler(const Counter& count, int64_t classes, int64_t rate, bool sample)
-      : count_(count), rate_(rate), sample_(sample), skip_(classes) {}
+  Sampler(int64_t classes, int64_t rate) : rate_(rate), skip_(classes) {}
 
   void start_image() { std::fill(skip_.begin(), skip_.end(), 0); }
 
-  void add(const uint8_t* label, const float* confidence, int64_t pixels) {
+  // visit(class, pixel) for each sample among the next pixels, which are counted.
+  template <typename Visit>
+  void walk(const uint8_t* label, int64_t pixels, const Counter& count, const Visit& visit) {
     for (int64_t i = 0, stop; i < pixels; i = stop) {
       const uint8_t c = label[i];
       stop = end_of_run(label, i, pixels);
-      if (!count_.bins) count_.hist[c * count_.width + kPixels] += stop - i;
-      if (!sample_ || c >= skip_.size()) continue;
+      count.add_pixels(c, stop - i);
+      if (c >= skip_.size()) continue;
       int64_t next = i + skip_[c];
-      for (; next < stop; next += rate_) count_(c, confidence[next]);
+      for (; next < stop; next += rate_) visit(c, next);
       skip_[c] = next - stop;
     }
   }
 
-  // All pixels of each class whose confidence no bin holds.
-  void add_invalid(const uint8_t* label, const float* confidence, int64_t pixels) const {
-    for (int64_t i = 0; i < pixels; ++i) {
-      if (!is_countable(confidence[i])) ++count_.hist[label[i] * count_.width + kInvalid];
-    }
-  }
-
  private:
-  const Counter& count_;
   int64_t rate_;
-  bool sample_;
   std::vector<int64_t> skip_;  // pixels of the class to pass over before the next sample
 };
 
@@ -787,6 +858,49 @@ Best largest(const Strip& p, int64_t classes) {
   Best best{p(0)};
   for (int64_t c = 1; c < classes; ++c) best.add(c, p(c));
   return best;
+}
+
+// Counts the samples of softmaxes alone. Needs the classes of all pixels, but the confidences of the samples only, and
+// where bins are given only of those whose quick confidence may be inside.
+void count_samples(const Maps& maps, at::IntArrayRef size, const Counter& count, int64_t rate) {
+  const int64_t C = maps.logits.size(1), W = size[1];
+  const std::vector<float> zeros(C, 0.f);
+  std::vector<uint8_t> label;  // of a block's pixels
+  std::vector<float> quick, confidence;
+  std::vector<int32_t> samples;
+  Sampler sampler(C, rate);
+  for_each_strip(
+      maps, size, true, kSmallTurn, zeros.data(),
+      [&](int64_t pixels) {
+        label.resize(pixels), confidence.resize(pixels), samples.reserve(pixels);
+        if (count.bins) quick.resize(pixels);
+      },
+      [](int64_t, int64_t) { return false; },
+      [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
+        if (count.bins) store_strip(quick.data() + first, source.quick_confidence(), n);
+        vi index;
+        if (source.winner(index) & (kAllLanes >> (kLanes - n))) index = largest(source.exact(), C).index;
+        store_labels(label.data() + first, index, n);
+      },
+      [&](int64_t, int64_t row, int64_t rows, const auto& for_each_turn) {
+        if (row == 0) sampler.start_image();
+        samples.clear();
+        sampler.walk(label.data(), rows * W, count, [&](int64_t c, int64_t i) {
+          if (!count.bins || count.may_hold(c, quick[i], kQuick)) samples.push_back(static_cast<int32_t>(i));
+        });
+        for_each_turn([&](auto& source, int64_t y, int64_t end) {
+          for (; y < end; ++y) {
+            const int64_t begin = (y - row) * W;
+            const auto place = [&](int64_t pixel) {
+              return std::lower_bound(samples.begin(), samples.end(), pixel) - samples.begin();
+            };
+            const int64_t first = place(begin), last = place(begin + W);
+            source.select_row(y);
+            source.confidences(samples.data() + first, last - first, begin, confidence.data() + first);
+          }
+        });
+        for (size_t i = 0; i < samples.size(); ++i) count(label[samples[i]], confidence[i]);
+      });
 }
 
 std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const std::optional<at::Tensor>& bins,
@@ -799,9 +913,12 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
   const int64_t C = logits.size(1), N = logits.size(0), H = size[0], W = size[1];
   check_histogram(hist, bins, C, logits.device(), rate);
   const Counter count = counter(hist, bins);
-  const bool rough = bins && !own && !return_maps && !probabilities;
-  std::vector<int32_t> tags(C);
-  for (int64_t c = 0; c < C; ++c) tags[c] = int32_t(c) + (rough ? int32_t(count.bins[c]) * (1 << kBinBits) : 0);
+  const bool plain = !probabilities && !flipped && !prior, rough = bins && !own && !return_maps && !probabilities;
+  if (plain && !own && !return_maps && (bins || rate > 1)) {
+    count_samples(maps, size, count, rate);
+    return {at::empty({0}, logits.options().dtype(at::kByte)), at::empty({0}, logits.options().dtype(at::kFloat))};
+  }
+  const float error = rough_error(C);
   // What is not returned need not be kept beyond a block, and stays in the cache.
   at::Tensor label, confidence;
   uint8_t* y = nullptr;
@@ -811,20 +928,27 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
     confidence = at::empty(shape, logits.options().dtype(at::kFloat));
     y = label.mutable_data_ptr<uint8_t>(), top = confidence.mutable_data_ptr<float>();
   };
-  Sampler sampler(count, C, rate, !own);
+  Sampler sampler(C, rate);
+  const std::vector<float> zeros(C, 0.f);
   std::atomic<bool> countable{true};
   int64_t before = 0;  // pixels of the image, in the blocks so far
-  const std::vector<float> zeros(C, 0.f);
   // Counters are shared: a class's own probabilities are counted by one thread, everything else after a block.
   for_each_strip(
-      maps, size, !own, zeros.data(), [&](int64_t block) { return_maps ? make_maps({N, H, W}) : make_maps({block}); },
+      maps, size, !own, kTaskPixels, zeros.data(),
+      [&](int64_t pixels) { return_maps ? make_maps({N, H, W}) : make_maps({pixels}); },
       [](int64_t, int64_t) { return false; },
       [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
         vf best{};
         vi index{};
         const uint32_t lanes = kAllLanes >> (kLanes - n);
-        const bool certain = rough ? !(source.confidence_outside(tags, best, index) & lanes)
-                                   : !own && source.plain() && !(source.confidence(tags, best, index) & lanes);
+        bool certain = false;
+        if (plain && !own) {
+          certain = !(source.winner(index) & lanes);
+          best = source.confidence();
+        } else if (rough) {
+          certain = !(source.rough_confidence(best, index) & lanes);
+          for (int64_t l = 0; l < n; ++l) certain = certain && !count.may_hold(index[l], best[l], error);
+        }
         if (!certain) {
           const Strip p = source.exact();
           const Best found = largest(p, C);
@@ -837,11 +961,13 @@ std::tuple<at::Tensor, at::Tensor> confidence_histogram_(at::Tensor& hist, const
         store_labels(y + first, index, n);
         store_strip(top + first, best, n);
       },
-      [&](int64_t image, int64_t row, int64_t rows) {
+      [&](int64_t, int64_t row, int64_t rows, const auto&) {
         if (row == 0) sampler.start_image();
         before = row + rows < H ? (row + rows) * W : 0;
-        if (!bins && !countable) sampler.add_invalid(y, top, rows * W);
-        sampler.add(y, top, rows * W);
+        if (!countable) count.add_invalid(y, top, rows * W);
+        sampler.walk(y, rows * W, count, [&](int64_t c, int64_t i) {
+          if (!own) count(c, top[i]);
+        });
         countable = true;
         if (return_maps) y += rows * W, top += rows * W;
       });
@@ -854,12 +980,13 @@ void refine_from_maps_(at::Tensor& fine, const at::Tensor& bins, const at::Tenso
   check_histogram(fine, bins, fine.size(0), label.device(), rate);
   const Known known = checked(label, confidence, label.device());
   const Counter count = counter(fine, bins);
-  Sampler sampler(count, fine.size(0), rate, true);
+  Sampler sampler(fine.size(0), rate);
   const int64_t area = label.size(1) * label.size(2);
   for (int64_t n = 0; n < label.size(0); ++n) {
     sampler.start_image();
-    sampler.add(known.label.const_data_ptr<uint8_t>() + n * area, known.confidence.const_data_ptr<float>() + n * area,
-                area);
+    const float* confidence = known.confidence.const_data_ptr<float>() + n * area;
+    sampler.walk(known.label.const_data_ptr<uint8_t>() + n * area, area, count,
+                 [&](int64_t c, int64_t i) { count(c, confidence[i]); });
   }
 }
 
@@ -953,20 +1080,18 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
   check_thresholds(thresholds_, logits);
   const at::Tensor values = thresholds_.contiguous();
   const Thresholds thresholds(values, probabilities);
-  std::vector<int32_t> classes(C);
-  std::iota(classes.begin(), classes.end(), 0);
   at::Tensor label = at::empty({logits.size(0), size[0], size[1]}, logits.options().dtype(at::kByte));
   uint8_t* y = label.mutable_data_ptr<uint8_t>();
   std::optional<KnownLabels> known_labels;
   if (known) known_labels.emplace(*known, thresholds, C, !probabilities && !prior);
   for_each_strip(
-      maps, size, true, thresholds.log.data(), [](int64_t) {},
+      maps, size, true, kTaskPixels, thresholds.log.data(), [](int64_t) {},
       [&](int64_t first, int64_t n) { return known_labels && (*known_labels)(first, n, y + first); },
       [&](auto& source, int64_t first, int64_t n) SEGADAPT_INLINE {
         const uint32_t lanes = kAllLanes >> (kLanes - n);
         if (thresholds.rough && source.plain()) {
           vi found;
-          if (!(source.label(classes, thresholds, found) & lanes)) return store_labels(y + first, found, n);
+          if (!(source.label(thresholds, found) & lanes)) return store_labels(y + first, found, n);
         } else if (thresholds.rough) {
           const Best best = source.best_quotients(thresholds.inverse.data());
           if (!(thresholds.unclear(best) & lanes)) {
@@ -975,7 +1100,7 @@ at::Tensor pseudo_label(const at::Tensor& logits, const at::Tensor& thresholds_,
         }
         exact_labels(source.exact(), thresholds, C, n, y + first);
       },
-      [&](int64_t, int64_t, int64_t rows) {
+      [&](int64_t, int64_t, int64_t rows, const auto&) {
         y += rows * size[1];
         if (known_labels) known_labels->advance(rows * size[1]);
       });

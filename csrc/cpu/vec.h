@@ -132,6 +132,19 @@ inline vf floor_of(vf x) {
 #endif
 }
 
+// The lanes of x that index names.
+inline vf permuted(vf x, vi index) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
+#else
+  vf named;
+  for (int l = 0; l < Vec<float>::lanes; ++l) named[l] = x[index[l]];
+  return named;
+#endif
+}
+
 inline vi as_bits(vf x) { return __builtin_bit_cast(vi, x); }
 inline vf from_bits(vi x) { return __builtin_bit_cast(vf, x); }
 
