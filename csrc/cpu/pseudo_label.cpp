@@ -753,11 +753,16 @@ void for_each_strip(const Maps& maps, at::IntArrayRef size, bool parallel, int64
         };
         for_each_turn([&](auto& source, int64_t begin, int64_t end) {
           const int64_t height = end - begin;
+          std::vector<char> skipped(groups * height);  // row by row, as the pixels lie
+          for (int64_t k = 0; k < groups * height; ++k) {
+            const int64_t i = k % groups * kGroup;
+            skipped[k] = done((begin + k / groups - block) * W + i, std::min(kGroup, W - i));
+          }
           for (int64_t k = 0; k < groups * height; ++k) {
             const int64_t y = begin + (in_place ? k / groups : k % height);
-            const int64_t i = (in_place ? k % groups : k / height) * kGroup;
+            const int64_t group = in_place ? k % groups : k / height, i = group * kGroup;
+            if (skipped[(y - begin) * groups + group]) continue;
             const int64_t pixel = (y - block) * W + i, pixels = std::min(kGroup, W - i);
-            if (done(pixel, pixels)) continue;
             source.select_row(y);
             source.gather(i, pixels);
             for (int64_t j = 0; j < pixels; j += kLanes) {
