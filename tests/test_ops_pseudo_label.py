@@ -239,7 +239,7 @@ def test_threads_do_not_change_a_bit(compiled):
     x = 3 * torch.randn(3, 19, 33, 65, generator=torch.Generator().manual_seed(5))
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2):
+        for count in (1, 2, 5):
             torch.set_num_threads(count)
             hist = ops.new_histogram(19)
             maps = ops.confidence_histogram_(hist, x, (255, 510), flipped=x.flip(-1), ds_rate=4)
@@ -247,9 +247,15 @@ def test_threads_do_not_change_a_bit(compiled):
             results.append([hist, *maps, ops.pseudo_label(x, t, (255, 510), flipped=x.flip(-1)),
                             ops.pseudo_label(x, t, (255, 510), flipped=x.flip(-1), maps=maps),
                             ops.upsample_argmax(x, (255, 510))])
+            for y in (x, F.interpolate(x, (255, 510))):  # enlarged, read in place; threads label, then count samples
+                coarse, fine = ops.new_histogram(19), ops.new_histogram(19, fine=True)
+                ops.confidence_histogram_(coarse, y, (255, 510), ds_rate=3, return_maps=False)
+                bins = ops.select_threshold(coarse, 0.2).bins
+                ops.refine_histogram_(fine, bins, y, (255, 510), ds_rate=3, return_maps=False)
+                results[-1] += [coarse, fine, ops.pseudo_label(y, t, (255, 510))]
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(results[0][k], other[k]) for other in results[1:] for k in range(len(other)))
     assert torch.equal(*results[0][3:5])
 
 
@@ -391,7 +397,7 @@ def counts(x, size, bins=None, **kwargs):
 @pytest.mark.parametrize("classes,options", [
     (19, {}), (40, {}), (19, {"flip": True}), (3, {"prior": True}), (7, {"flip": True, "prior": True})], ids=str)
 def test_counting_without_maps_counts_the_same(backend, classes, options):
-    """Without maps, the second pass takes confidences from rough exponentials where they are not in the bin."""
+    """Without maps, confidences are computed for samples alone, in the second pass only near the bin."""
     x = torch.stack([near_decisions(classes, 1), near_decisions(classes, 2)])
     kwargs = {"flipped": x.flip(0, -1) + 0.5} if options.get("flip") else {}
     for size in ((64, 256), (77, 301)):
