@@ -533,7 +533,7 @@ def demo(args: argparse.Namespace) -> int:
     session = train(args)
     if session.exit_code:
         return session.exit_code
-    compare_translations({args.method: session.net.eval()}, root, Path(f"result/demo_{args.method}"), session.run,
+    compare_translations({args.method: session.net.eval()}, root, session.folder / "demo", session.run,
                          seed=args.random_seed)
     return 0
 

@@ -3,12 +3,13 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import execute, logged, message, same
+from scripts import execute, logged, message, render, same
 
 import train_spgan as script
 from lib import checkpoint
@@ -273,6 +274,21 @@ def test_cameras(tmp_path, monkeypatch):
     assert script.main(argv) == 0 and len(trained) == 6
     args = script.parse_args(["--cameras", "market", "--data-dir", "data"])
     assert (args.n_epochs, args.n_epochs_decay, args.batch_size, args.lambda_identity) == (30, 20, 1, 0.5)
+
+
+def test_demo(tmp_path, monkeypatch, in_this_process, capsys):
+    """Everything it writes lies in the run's folder: two seeds may run side by side."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "render_demo", lambda root, seed: render(root))
+    monkeypatch.setattr(script, "compare_translations", partial(script.compare_translations, steps=1))
+    small = [*SMALL, "--preprocess", "resize_and_crop", "--n_epochs", "1", "--n_epochs_decay", "0"]
+    assert script.main(["--demo", "--method", "spgan", *small]) == 0
+    table = capsys.readouterr().out
+    for column in ("original", "original, target BN", "mean, deviation", "spgan", "spgan, target BN"):
+        assert column in table
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "snapshots"]
+    folder = tmp_path / "snapshots/demo_spgan/1234/demo"
+    assert len(list((folder / "spgan").iterdir())) == len(list((folder / "matched").iterdir())) == 5
 
 
 def test_pool_of_several_processes():
