@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from lib.errors import shorten
 
@@ -68,13 +69,48 @@ DEMO_DATA = dict(source="gta5", target="demo", data_dir="data/demo/{seed}/gta5",
                  data_dir_target="data/demo/{seed}/cityscapes", num_workers=0)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose help shows every default. description: the script's docstring, of which the first line is used."""
-    return argparse.ArgumentParser(description=description.split("\n")[0],
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows each flag's default, once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if "default:" in text or "%(default)" in text or action.default in (None, False, argparse.SUPPRESS):
+            return text
+        return f"{text} (default: %(default)s)".lstrip()
 
 
-def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[str, object]) -> argparse.Namespace:
+class Parser(argparse.ArgumentParser):
+    """Knows what the command line gives, so that a flag without effect can be refused."""
+
+    given: frozenset[str] = frozenset()  # destinations of the flags on the command line that was parsed last
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        unset = object()
+        seen = self.parse_known_args(args, argparse.Namespace(**{action.dest: unset for action in self._actions}))[0]
+        self.given = frozenset(name for name, value in vars(seen).items() if value is not unset)
+        return super().parse_args(args, namespace)
+
+    def refuse(self, when: str, *names: str) -> None:
+        """Leave with a message where one of these destinations is given. when: ends the sentence."""
+        for action in self._actions:
+            if action.dest in names and action.dest in self.given:
+                self.error(f"{max(action.option_strings, key=len)} has no effect {when}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")  # without a page of usage before it
+
+    def format_help(self) -> str:
+        for action in self._actions:
+            action.help = action.help or " "  # argparse shows no default where there is no text
+        return super().format_help()
+
+
+def parser(description: str, whole: bool = False) -> Parser:
+    """A parser whose help shows every default. description: the script's docstring, or its first line alone."""
+    return Parser(description=description if whole else description.split("\n")[0], formatter_class=Help)
+
+
+def parse(p: Parser, argv: Sequence[str] | None, demo: Mapping[str, object]) -> argparse.Namespace:
     """The arguments; with --demo those of ``demo`` are the defaults, in which {seed} is the seed, {method} --method.
 
     A --source or --target other than the demo's lies where its own description says (but not in re-ID, where one folder
@@ -89,6 +125,13 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[
         p.set_defaults(**{key: value.format(**vars(known), seed=known.random_seed) if isinstance(value, str) else value
                           for key, value in demo.items()})
     args = p.parse_args(argv)
+    if {"resume", "overwrite"} <= p.given:
+        p.error("--resume goes on with a run, --overwrite replaces it: choose one")
+    if args.cpu:
+        p.refuse("with --cpu", "gpu")
+    if "not_restore_last" in args and not args.restore_from:
+        p.refuse("without --restore-from", "not_restore_last")
+    args.tensorboard = args.tensorboard or args.log_dir is not None
     args.flag_names = {action.dest: next((name for name in action.option_strings if name.startswith("--")), "")
                        for action in p._actions}
     args.overwrite = args.overwrite or (args.demo and args.resume in (None, False))
@@ -155,8 +198,9 @@ def add_bn_stats(group: argparse._ArgumentGroup, rounds: bool = False) -> None:
                            help="target: re-estimate BN statistics on the target before scoring")
 
 
-def add_data(p: argparse.ArgumentParser, augmentation: bool = False) -> argparse._ArgumentGroup:
-    """augmentation: the flags of lib.datasets.transforms.Augment too."""
+def add_data(p: argparse.ArgumentParser, augmentation: bool = False,
+             resized: str = "the description's") -> argparse._ArgumentGroup:
+    """augmentation: the flags of lib.datasets.transforms.Augment too. resized: the default of --input-size, in words."""
     group = p.add_argument_group("data")
     group.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
     group.add_argument("--target", default="cityscapes", help="likewise")
@@ -169,7 +213,7 @@ def add_data(p: argparse.ArgumentParser, augmentation: bool = False) -> argparse
     group.add_argument("--val-set", help="labelled set of the target to score on (default: the description's, if "
                                          "it exists)")
     group.add_argument("--input-size", type=size,
-                       help="width,height that source images are resized to (default: the description's)")
+                       help=f"width,height that source images are resized to (default: {resized})")
     group.add_argument("--input-size-target", type=size, help="width,height that target images are resized to")
     if augmentation:
         group.add_argument("--random-mirror", action="store_true", help="mirror images at random")
@@ -248,11 +292,12 @@ def add_machine(p: argparse.ArgumentParser, kernels: bool = True) -> argparse._A
     return group
 
 
-def add_optimisation(p: argparse.ArgumentParser, sgd: bool = False) -> argparse._ArgumentGroup:
-    """sgd: with the choice of lib.optim.deeplab_sgd's flavour."""
+def add_optimisation(p: argparse.ArgumentParser, sgd: bool = False, unit: str = "pairs",
+                     rate: str = "heads take 10 times as much") -> argparse._ArgumentGroup:
+    """sgd: with the choice of lib.optim.deeplab_sgd's flavour. unit: what a batch counts. rate: help of the rate."""
     group = p.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=batch, default=1, help="pairs a process and backward pass")
-    group.add_argument("--learning-rate", type=amount, default=2.5e-4, help="heads take 10 times as much")
+    group.add_argument("--batch-size", type=batch, default=1, help=f"{unit} a process and backward pass")
+    group.add_argument("--learning-rate", type=amount, default=2.5e-4, help=rate)
     group.add_argument("--momentum", type=below_one, default=0.9)
     group.add_argument("--weight-decay", type=amount, default=5e-4)
     group.add_argument("--power", type=amount, default=0.9, help="of the polynomial decay")
@@ -263,16 +308,17 @@ def add_optimisation(p: argparse.ArgumentParser, sgd: bool = False) -> argparse.
 
 
 def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None,
-            resume_file: bool = False, evaluations: bool = True) -> argparse._ArgumentGroup:
+            resume_file: bool = False, evaluations: bool = True,
+            folder: str = "named after the method and the data") -> argparse._ArgumentGroup:
     """aliases: second names for flags, from a release. resume_file: --resume may name a file. evaluations: the run is
-    scored every --eval-every iterations.
+    scored every --eval-every iterations. folder: what the help says of --snapshot-dir's default.
     """
     group = p.add_argument_group("run")
     names = {flag: [flag, *([aliases[flag]] if aliases and flag in aliases else [])]
              for flag in ("--snapshot-dir", "--eval-every")}
     group.add_argument("--demo", action="store_true", help="render a small pair of domains and show the method on it")
     group.add_argument(*names["--snapshot-dir"],
-                       help="weights, resume file, log, pictures (default: named after the method and the data)")
+                       help=f"weights, resume file, log, pictures (default: {folder})")
     if resume_file:
         group.add_argument("--resume", nargs="?", const="", metavar="FILE",
                            help="go on from FILE, by default the snapshot folder's resume.pth")
@@ -286,7 +332,7 @@ def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None
     group.add_argument("--save-num-images", type=up_to(1000, 0), default=2, help="pictures at each evaluation")
     group.add_argument("--log-every", type=count, default=10, help="iterations between log lines")
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")
-    group.add_argument("--log-dir", help="folder for TensorBoard (default: the snapshot folder)")
+    group.add_argument("--log-dir", help="folder for TensorBoard, which it switches on (default: the snapshot folder)")
     group.add_argument("--random-seed", "--seed", type=seed, default=1234)
     group.add_argument("--deterministic", action="store_true", help="deterministic kernels where there are any")
     group.add_argument("--cpu", action="store_true", help="do not use a GPU")
