@@ -200,7 +200,7 @@ def add_bn_stats(group: argparse._ArgumentGroup, rounds: bool = False) -> None:
 
 def add_data(p: argparse.ArgumentParser, augmentation: bool = False,
              resized: str = "the description's") -> argparse._ArgumentGroup:
-    """augmentation: the flags of lib.datasets.transforms.Augment too. resized: the default of --input-size, in words."""
+    """augmentation: the flags of lib.datasets.transforms.Augment too. resized: what --input-size is by default."""
     group = p.add_argument_group("data")
     group.add_argument("--source", default="gta5", help="a description in lib/datasets, or a .json file")
     group.add_argument("--target", default="cityscapes", help="likewise")
