@@ -76,7 +76,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         if "default:" in text or "%(default)" in text or action.default in (None, False, argparse.SUPPRESS):
             return text
-        return f"{text} (default: %(default)s)".lstrip()
+        return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,8 +100,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")  # without a page of usage before it
 
     def format_help(self) -> str:
-        for action in self._actions:
-            action.help = action.help or " "  # argparse shows no default where there is no text
+        for action in self._actions:  # argparse shows no default where there is no text
+            if action.help is None and action.default not in (None, False, argparse.SUPPRESS):
+                action.help = "(default: %(default)s)"
         return super().format_help()
 
 
