@@ -63,7 +63,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                      help="DeepLab: by --multi-level")
     net.add_argument("--aspp", choices=["released", "full"], default="released", help="rates summed: 6, 12 or all four")
     flags.add_batch_norm(net, affine="auto", is_training=True)
-    net.add_argument("--freeze-bn", dest="is_training", action="store_false", help="the same as --no-is-training")
+    net.add_argument("--freeze-bn", dest="is_training", action="store_false", default=argparse.SUPPRESS,
+                     help="the same as --no-is-training")
     flags.add_data(p, augmentation=True)
     opt = flags.add_optimisation(p, sgd=True)
     opt.add_argument("--iter-size", type=flags.count, default=1, help="backward passes a step")
@@ -73,9 +74,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                      help="where training ends (default: 150000, at most --num-steps)")
     flags.add_run(p)
     args = flags.parse(p, argv, DEMO)
+    if args.multi_level and args.model in ("Deeplab", "DeeplabVGG"):
+        p.error(f"--multi-level needs --model DeeplabMulti: {args.model} has one level")
     if args.model == "DeepLab":
         args.model = "DeeplabMulti" if args.multi_level else "Deeplab"
     args.multi_level = args.model == "DeeplabMulti"
+    if args.source_only:
+        p.note("with --source-only", "gan", "adapt", "lambda_adv_target1", "lambda_adv_target2", "learning_rate_D")
+    elif not args.multi_level:
+        p.note("without --multi-level", "lambda_seg", "lambda_adv_target1")
+    if args.model == "DeeplabVGG":
+        vgg = "with --model DeeplabVGG, a VGG-16 without batch normalisation"
+        p.note(vgg, "arch", "bn_affine", "is_training")
+        p.refuse(vgg, "bn_stats")
+        args.bn_stats = "running"  # the demo's default is another
     args.snapshot_dir = args.snapshot_dir or flags.run_folder(
         "adaptsegnet", args.source, args.target, source_only=args.source_only, multi=args.multi_level,
         feature=args.adapt == "feature", ls=args.gan == "LS", full=args.aspp == "full",

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import checkpoint, flags, ops, predict, runtime
-from lib.datasets.description import Domain
+from lib.datasets.description import Domain, load_description
 from lib.datasets.folder import open_pair
 from lib.datasets.transforms import Augment, to_unit
 from lib.demo.comparison import train_and_compare
@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--width", type=flags.width, default=1.0, help="share of the channels of FCN-8s, G and D")
     net.add_argument("--padding", choices=["released", "same"], default="released",
                      help="of FCN-8s: 100 pixels around the image, or none: cheaper on small images")
-    net.add_argument("--dropout", type=flags.below_one, default=0.5, help="after fc6 and fc7")
+    net.add_argument("--dropout", type=flags.below_one, default=0.5, help="after fc6 and fc7 of FCN-8s")
     data = flags.add_data(p, augmentation=True)
     data.add_argument("--dataroot", help="folder that takes the place of data/ in the descriptions' folders")
     data.add_argument("--crop-size", type=flags.size, default=(640, 320),
@@ -103,9 +103,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--weight_decay", "--weight-decay", type=flags.amount, default=0.0, help="of F and C")
     opt.add_argument("--lr-epochs", type=flags.natural, default=8,
                      help="passes over the source after which --lr falls to a tenth, again and again; 0: never")
-    flags.add_run(p, aliases={"--snapshot-dir": "--logdir", "--eval-every": "--interval_validate"}, resume_file=True)
-    p.set_defaults(eval_every=500)
+    run = flags.add_run(p, aliases={"--snapshot-dir": "--logdir"}, resume_file=True, evaluations=False)
+    run.add_argument("--eval-every", "--interval_validate", type=flags.count, default=500,
+                     help="iterations between evaluations")
     args = flags.parse(p, argv, DEMO)
+    if args.method == "sourceonly":
+        p.note("with --method sourceonly", "l1_weight", "adv_weight", "c_weight", "order", "low_memory", "lr_g", "lr_d",
+               "beta1_gan")
+    p.note(f"with --base {args.base}", *(["arch"] if args.base == "fcn8s" else ["padding", "dropout"]))
+    p.note(f"with --optimizer {args.optimizer}", "momentum" if args.optimizer == "Adam" else "beta1")
+    if args.data_dir and args.data_dir_target:
+        p.note("where both folders are named (--data-dir and --data-dir-target, --demo)", "dataroot")
     args.snapshot_dir = args.snapshot_dir or flags.run_folder(
         "gan_da", args.source, args.target, source_only=args.method == "sourceonly", deeplab=args.base == "deeplab")
     for name, value in zip(("l1_weight", "adv_weight", "c_weight"), WEIGHTS[args.reduction], strict=True):
@@ -416,6 +424,10 @@ def train(args: argparse.Namespace) -> Session:
     pixels, stride_on = args.pixels or meta.get("pixels", "caffe"), meta.get("stride_on", "1x1")
 
     # data
+    for data, root, flag in ((args.source, args.data_dir, "--data-dir"),
+                             (args.target, args.data_dir_target, "--data-dir-target")):
+        if args.dataroot and not root and Path(own := load_description(data).root).parts[:1] != ("data",):
+            raise UserError(f"--dataroot takes the place of data/, but {data} lies in {own}: name its folder by {flag}")
     source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source", args.dataroot)
     target = Domain.open(args.target, args.data_dir_target, args.set, args.data_list_target, dataroot=args.dataroot)
     size_s, size_t = args.input_size or source.size, args.input_size_target or target.size

@@ -63,14 +63,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net = flags.add_network(p)
     net.add_argument("--freeze-bn", action="store_true", help="BN statistics are used, not updated")
     flags.add_bn_stats(net)
-    data = flags.add_data(p)
+    data = flags.add_data(p, resized="a random short side and a crop")
     data.add_argument("--resize-short", type=flags.size, default=(760, 988),
                       help="minimum,maximum of the random short side, unless --input-size is given")
-    data.add_argument("--crop-size", type=flags.size, default=(730, 730), help="width,height cut out afterwards")
+    data.add_argument("--crop-size", type=flags.size, default=(730, 730),
+                      help="width,height cut out afterwards, likewise")
     data.add_argument("--test-size", type=flags.size,
                       help="width,height in validations (default: 1460,730, or --input-size-target)")
     data.add_argument("--random-mirror", action=argparse.BooleanOptionalAction, default=True)
-    opt = flags.add_optimisation(p)
+    opt = flags.add_optimisation(p, rate="of the backbone; the head takes --lr-mult-classifier times as much")
     opt.add_argument("--iter-size", type=flags.count, default=2, help="backward passes a step")
     opt.add_argument("--lr-mult-classifier", type=flags.amount, default=1.0,
                      help="rate of the head over the backbone's")
@@ -82,6 +83,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.add_run(p)
     p.set_defaults(save_pred_every=1000, batch_size=2)
     args = flags.parse(p, argv, DEMO)
+    if args.source_only:
+        p.note("with --source-only", "lambda_asso", "lambda_lsr", "lsr_threshold", "association")
+    if args.input_size:
+        p.refuse("with images of a fixed size (--input-size, --demo)", "resize_short", "crop_size")
+    if "num_steps" not in p.given and "epochs" in p.given:
+        args.num_steps = None  # the demo's default
+    if args.num_steps:
+        p.refuse("with a number of steps (--num-steps, --demo)", "epochs", "epochs_stop")
+    if args.num_steps_stop:
+        p.refuse("with --num-steps-stop", "epochs_stop")
+    if args.demo and not args.source_only and args.epochs and args.num_steps_stop:
+        p.error("--demo --epochs needs --epochs-stop instead of --num-steps-stop")
     args.snapshot_dir = args.snapshot_dir or flags.run_folder(
         "pixel_assoc", args.source, args.target, source_only=args.source_only,
         **{args.arch: args.arch != p.get_default("arch")})
@@ -355,8 +368,12 @@ def demo(args: argparse.Namespace) -> int:
     Associations need features that mean something: the paper's come from ImageNet, the demo's from source-only
     training, from where three quarters of the steps at half the rate adapt.
     """
-    adapted = {"restore_from": f"{args.snapshot_dir}/source_only/resume.pth",
-               "num_steps": max(args.num_steps * 3 // 4, 1), "learning_rate": args.learning_rate / 2}
+    adapted = {"restore_from": f"{args.snapshot_dir}/source_only/resume.pth", "learning_rate": args.learning_rate / 2}
+    for unit in ("num_steps", "epochs"):
+        if length := getattr(args, unit):
+            adapted[unit] = length = max(length * 3 // 4, 1)
+            if stop := getattr(args, f"{unit}_stop"):
+                adapted[f"{unit}_stop"] = min(stop, length)
     return train_and_compare(train, args, {"source_only": True, "bn_stats": "running", "aggregate": False}, adapted,
                              Path("result/demo/pixel_assoc.png"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -92,9 +93,17 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, when: str, *names: str) -> None:
         """Leave with a message where one of these destinations is given. when: ends the sentence."""
-        for action in self._actions:
-            if action.dest in names and action.dest in self.given:
-                self.error(f"{max(action.option_strings, key=len)} has no effect {when}")
+        for message in self._without_effect(when, names):
+            self.error(message)
+
+    def note(self, when: str, *names: str) -> None:
+        """Say the same and go on: for flags of a release, which stand in its users' scripts whatever the mode."""
+        for message in self._without_effect(when, names):
+            print(f"{self.prog}: note: {message}", file=sys.stderr)
+
+    def _without_effect(self, when: str, names: Sequence[str]) -> list[str]:
+        return [f"{max(action.option_strings, key=len)} has no effect {when}" for action in self._actions
+                if action.dest in names and action.dest in self.given]
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")  # without a page of usage before it
@@ -129,9 +138,9 @@ def parse(p: Parser, argv: Sequence[str] | None, demo: Mapping[str, object]) -> 
     if {"resume", "overwrite"} <= p.given:
         p.error("--resume goes on with a run, --overwrite replaces it: choose one")
     if args.cpu:
-        p.refuse("with --cpu", "gpu")
+        p.note("with --cpu", "gpu")
     if "not_restore_last" in args and not args.restore_from:
-        p.refuse("without --restore-from", "not_restore_last")
+        p.note("without --restore-from", "not_restore_last")
     args.tensorboard = args.tensorboard or args.log_dir is not None
     args.flag_names = {action.dest: next((name for name in action.option_strings if name.startswith("--")), "")
                        for action in p._actions}

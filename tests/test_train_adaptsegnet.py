@@ -256,6 +256,41 @@ def test_flags_that_make_no_sense(flags, capsys):
     assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
+VGG = ["--model", "DeeplabVGG"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([*VGG, "--multi-level"], "--multi-level needs --model DeeplabMulti"),
+    (["--model", "Deeplab", "--multi-level", "--adapt", "feature"], "--multi-level needs --model DeeplabMulti"),
+    ([*VGG, "--bn-stats", "target"], "--bn-stats has no effect with --model DeeplabVGG"),
+])
+def test_flags_that_contradict_each_other(flags, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.parse_args(flags)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    *(([*VGG, *more], f"{more[0]} has no effect with --model DeeplabVGG") for more in (
+        ["--arch", "resnet18"], ["--bn-affine", "train"], ["--no-is-training"])),
+    ([*VGG, "--freeze-bn"], "has no effect with --model DeeplabVGG"),
+    *((["--source-only", *more], f"{more[0]} has no effect with --source-only") for more in (
+        ["--gan", "LS"], ["--adapt", "feature"], ["--lambda-adv-target2", "1"], ["--learning-rate-D", "1"])),
+    (["--source-only", "--multi-level", "--lambda-adv-target1", "1"], "--lambda-adv-target1 has no effect"),
+    (["--lambda-seg", "0.1"], "--lambda-seg has no effect without --multi-level"),
+    (["--lambda-adv-target1", "1", "--demo"], "--lambda-adv-target1 has no effect without --multi-level"),
+])
+def test_flags_without_effect_are_named(flags, words, capsys):
+    script.parse_args(flags)
+    assert words in capsys.readouterr().err
+
+
+def test_what_is_not_refused():
+    assert script.parse_args([*VGG, "--demo"]).bn_stats == "running"
+    assert script.parse_args(["--source-only", "--multi-level", "--lambda-seg", "0.2"]).lambda_seg == 0.2
+    assert script.parse_args([]).is_training and not script.parse_args(["--freeze-bn"]).is_training
+
+
 def test_the_demo_renders_its_pair_for_source_only_too(pair, folder, in_this_process, monkeypatch):
     rendered = []
     with_small_networks(monkeypatch, render_demo=lambda root, seed: rendered.append((str(root), seed)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from scripts import (
+    ROOT,
     execute,
     logged,
     message,
@@ -385,6 +386,10 @@ def test_dataroot_takes_the_place_of_data(here, pair, folder, monkeypatch):
     assert script.main([*arguments, "--dataroot", str(root), "--method", "sourceonly"]) == 0
     with pytest.raises(UserError, match="nowhere/GTA5: no such folder"):
         script.main([*arguments, "--dataroot", str(folder / "nowhere")])
+    description = json.loads((ROOT / "lib/datasets/demo.json").read_text())
+    (root / "mine.json").write_text(json.dumps({**description, "root": "/mine"}))
+    with pytest.raises(UserError, match="mine.json lies in /mine: name its folder by --data-dir-target"):
+        script.main([*arguments, "--target", str(root / "mine.json"), "--dataroot", str(root)])
 
 
 FLAGS = ["--lr 2e-3", "--lr-g 2e-4", "--lr-d 2e-4", "--beta1 0.5", "--beta1-gan 0.5", "--weight_decay 0.1",
@@ -441,6 +446,29 @@ def test_flags_that_make_no_sense(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         script.parse_args(flags)
     assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    *((["--method", "sourceonly", *more], f"{more[0]} has no effect with --method sourceonly") for more in (
+        ["--l1_weight", "1"], ["--adv_weight", "1"], ["--c_weight", "1"], ["--order", "released"], ["--low-memory"],
+        ["--lr-g", "1"], ["--lr-d", "1"], ["--beta1-gan", "0"])),
+    (["--arch", "resnet50"], "--arch has no effect with --base fcn8s"),
+    *((["--base", "deeplab", *more], f"{more[0]} has no effect with --base deeplab") for more in (
+        ["--padding", "same"], ["--dropout", "0"])),
+    (["--momentum", "0"], "--momentum has no effect with --optimizer Adam"),
+    (["--optimizer", "SGD", "--beta1", "0"], "--beta1 has no effect with --optimizer SGD"),
+    (["--demo", "--dataroot", "a"], "--dataroot has no effect"),
+])
+def test_flags_without_effect_are_named(flags, words, capsys):
+    script.parse_args(flags)
+    assert words in capsys.readouterr().err
+
+
+def test_help_has_one_default_for_the_evaluations(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "iterations between evaluations (default: 500)" in text and "as snapshots" not in text
 
 
 # what is done to the pair, giving more flags or None; what the message says (tests/test_bad_input.py has all kinds)

@@ -1,4 +1,5 @@
 """train_pixel_assoc.py as its user runs it: every variant, what it writes, associations, mistakes."""
+import argparse
 import copy
 import math
 import threading
@@ -234,6 +235,56 @@ def test_flags_that_make_no_sense(flags, capsys):
     with pytest.raises(SystemExit) as error:
         script.parse_args(flags)
     assert error.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+SIZES = ["--input-size", "64,48", "--input-size-target", "64,48"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    *(([*SIZES, flag, "60,60"], f"{flag} has no effect with images of a fixed size") for flag in (
+        "--crop-size", "--resize-short")),
+    (["--demo", "--crop-size", "60,60"], "--crop-size has no effect"),
+    *((["--num-steps", "9", flag, "1"], f"{flag} has no effect with a number of steps") for flag in (
+        "--epochs", "--epochs-stop")),
+    (["--demo", "--epochs-stop", "1"], "--epochs-stop has no effect with a number of steps"),
+    (["--num-steps-stop", "9", "--epochs-stop", "1"], "--epochs-stop has no effect with --num-steps-stop"),
+    (["--demo", "--epochs", "5", "--num-steps-stop", "9"], "needs --epochs-stop"),
+])
+def test_flags_that_contradict_each_other(flags, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.parse_args(flags)
+    assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [
+    ["--lambda-asso", "1"], ["--lambda-lsr", "1"], ["--lsr-threshold", "1"], ["--association", "direct"]])
+def test_flags_without_effect_are_named(more, capsys):
+    script.parse_args(["--source-only", *more])
+    assert f"{more[0]} has no effect with --source-only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, lengths", [
+    ([], [(400, None, None, None), (300, None, None, None)]),
+    (["--num-steps-stop", "350"], [(400, 350, None, None), (300, 300, None, None)]),
+    (["--epochs", "8", "--epochs-stop", "7"], [(None, None, 8, 7), (None, None, 6, 6)]),
+    (["--epochs", "1"], [(None, None, 1, None), (None, None, 1, None)]),
+])
+def test_lengths_of_the_two_runs_of_the_demo(flags, lengths, monkeypatch):
+    """num_steps, num_steps_stop, epochs, epochs_stop."""
+    def changed(train, args, source_only, adapted, report):
+        runs.extend(argparse.Namespace(**{**vars(args), **changes}) for changes in (source_only, adapted))
+
+    runs = []
+    monkeypatch.setattr(script, "train_and_compare", changed)
+    script.demo(script.parse_args(["--demo", *flags]))
+    assert [(run.num_steps, run.num_steps_stop, run.epochs, run.epochs_stop) for run in runs] == lengths
+
+
+def test_help_of_the_rate_and_the_size(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--lr-mult-classifier times" in text and "(default: a random short side and a crop)" in text
 
 
 def test_the_demo_adapts_the_source_only_network(pair, folder, monkeypatch, in_this_process, capsys):
