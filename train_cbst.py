@@ -51,11 +51,12 @@ from lib.optim import deeplab_sgd, set_poly_lr
 from lib.session import Passes, Session
 
 PASSES = ("score", "count", "refine", "label")  # of a round, over the validation set and then three times the target
-# --demo: settings for a ResNet-18 from random weights on the rendered pair; flags given override them.
-DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_cbst/{seed}", arch="resnet18", input_size=(192, 96),
+# --demo: settings for the rendered pair, and a ResNet-18 from random weights (make_start); flags given override them.
+DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_cbst/{seed}", input_size=(192, 96),
             input_size_target=(192, 96), crop_size=(192, 96), learning_rate=5e-4, power=0.9, num_rounds=4, epr=2,
             init_src_port=0.2, max_src_port=0.5, src_port_step=0.05, spatial_prior="build", prior_norm="class",
-            eval_scale=1.0, test_scales=(1.0,), is_training=True, pixels="caffe", bn_stats="target")
+            eval_scale=1.0, test_scales=(1.0,), is_training=True, bn_stats="target")
+ONE_ASPP = "--aspp released: DeeplabPixelAssoc sums all four rates"
 DEMO_START_STEPS, DEMO_START_RATE = 400, 2.5e-3
 
 
@@ -94,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--aspp", choices=["released", "full"],
                      help="rates summed: 6, 12 or all four (default: the checkpoint's, else full)")
     flags.add_batch_norm(net, affine="frozen", is_training=False, rounds=True)
-    data = flags.add_data(p)
+    data = flags.add_data(p, resized="their files' size")
     data.add_argument("--subset", type=flags.count, metavar="N",
                       help="use N target images, drawn by --seed and listed in subset.txt")
     data.add_argument("--allow-overlap", action="store_true", help="label images that are scored too")
@@ -108,14 +109,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       help="whose logits are averaged for scores")
     data.add_argument("--score-flipping", action=argparse.BooleanOptionalAction, default=True,
                       help="average with the mirrored image for scores")
-    flags.add_optimisation(p, sgd=True)
+    flags.add_optimisation(p, sgd=True, unit="images")
+    p.conflict_handler = "resolve"  # --save-pred-every means something else here
     out = flags.add_run(p, aliases={"--snapshot-dir": "--save"}, evaluations=False)
+    out.add_argument("--save-pred-every", type=flags.count,
+                     help="images of a pass, or iterations of training, between saves of what --resume needs")
     out.add_argument("--save-color", action="store_true", help="also pseudo_labels_color: every label in colours")
     out.add_argument("--cache-mb", type=flags.natural, default=64,
                      help="memory for logits between the passes over the target")
     p.set_defaults(batch_size=2, learning_rate=5e-5, power=0.0,
                    save_pred_every=500, save_num_images=4, random_seed=3)
     args = flags.parse(p, argv, DEMO)
+    if not args.spatial_prior:
+        p.refuse("without --spatial-prior", "prior_norm")
+    if (args.model, args.aspp) == ("DeeplabPixelAssoc", "released"):
+        p.error(ONE_ASPP)
     method = "lrent" if args.lr_weight_ent else "mrkld" if args.mr_weight_kld else \
         "st" if args.kc_policy == "global" else "cbst"
     args.snapshot_dir = args.snapshot_dir or flags.run_folder(
@@ -311,6 +319,8 @@ def open_network(args: argparse.Namespace, classes: Sequence[str]) -> tuple[nn.M
         aspp=args.aspp, pixels=args.pixels)
     if known["model"] not in MODELS:
         raise UserError(f"{args.restore_from} is a {known['model']}; self-training is for {', '.join(MODELS)}")
+    if (known["model"], args.aspp) == ("DeeplabPixelAssoc", "released"):
+        raise UserError(ONE_ASPP)
     return net, known, f"{args.restore_from}: {report}"
 
 
@@ -479,10 +489,10 @@ def make_start(args: argparse.Namespace, path: Path) -> None:
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     data = open_data(args, run)
-    known = {"model": args.model or "Deeplab", "arch": args.arch, "aspp": args.aspp or "full", "stride_on": "1x1",
-             "pixels": args.pixels}
+    known = {"model": args.model or "Deeplab", "arch": args.arch or "resnet18", "aspp": args.aspp or "full",
+             "stride_on": "1x1", "pixels": args.pixels or "caffe"}
     images = RoundSet(data.source, range(len(data.source)), None,
-                      RandomCrop(args.crop_size, args.pixels, random_mirror=True), (args.input_size, None),
+                      RandomCrop(args.crop_size, known["pixels"], random_mirror=True), (args.input_size, None),
                       [args.random_seed])
     net = train_start(
         build(known["model"], len(data.classes), known["arch"], known["aspp"]), images,

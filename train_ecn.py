@@ -56,6 +56,7 @@ from lib.runtime import as_float32
 from lib.session import Session
 
 SCORING = ("evaluate", "output_feature", "mirrored", "lmp", "dist_metric", "rerank", "bn_stats")  # flags of the scores
+INVARIANCES = ("no_camstyle", "inv_alpha", "inv_beta", "knn", "neighbour_epoch", "lmd")  # flags of ECN alone
 # Settings of the methods; flags given override them. lr_trunk is the rate of the pretrained layers.
 METHODS = {"ecn": dict(features=4096, epochs=60, bn="ecn"), "ide": dict(features=1024, epochs=50, bn="train"),
            "camstyle": dict(features=1024, epochs=50, bn="train", camstyle=46)}
@@ -89,7 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     method.add_argument("--lmd", type=flags.share, default=0.3, help="lambda of Eq. 9: the target's share of the loss")
     net = p.add_argument_group("network")
     net.add_argument("-a", "--arch", choices=list(ARCHITECTURES), default="resnet50")
-    net.add_argument("--features", type=flags.up_to(65536, 0), 
+    net.add_argument("--features", type=flags.up_to(65536, 0),
                      help="width of the embedding (4096 ECN, 1024 ide and camstyle)")
     net.add_argument("--dropout", type=flags.below_one, default=0.5)
     net.add_argument("--restore-from", default="imagenet", metavar="FILE|imagenet|none", help="initial weights")
@@ -121,7 +122,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--num-steps", type=flags.count, help="iterations, in place of --epochs")
     opt.add_argument("--steps-decay", type=flags.count, help="iterations between drops, in place of --epochs_decay")
     score = p.add_argument_group("scores")
-    score.add_argument("--evaluate", action="store_true", help="score a checkpoint (--resume FILE) and leave")
+    score.add_argument("--evaluate", action="store_true",
+                       help="score a checkpoint (--resume FILE, else --restore-from FILE, else the folder's) and leave")
     flags.add_features(score)
     score.add_argument("--dist-metric", choices=["euclidean", "kissme"], default="euclidean",
                        help="kissme: a distance learnt from the source's training images")
@@ -129,17 +131,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.conflict_handler = "resolve"  # the release's names for flags of the run
     run = flags.add_run(p)
     run.add_argument("--logs-dir", "--snapshot-dir", dest="snapshot_dir",
-                     help="checkpoint, log (default: logs/METHOD_SOURCE_TARGET)")
+                     help="checkpoint, log (default: logs/METHOD_SOURCE_TARGET, with a --preset PRESET_SOURCE_TARGET)")
     run.add_argument("--print-freq", "--log-every", dest="log_every", type=flags.count, default=10)
     run.add_argument("--resume", nargs="?", const="", metavar="FILE", help="go on from resume.pth, or FILE")
+    p.set_defaults(save_pred_every=1000)
     known = p.parse_known_args(argv)[0]
     if known.preset and known.method != "ide":
         p.error(f"--preset {known.preset} is a setting of --method ide")
     preset = {key: value for key, value in PRESETS.get(known.preset, {}).items() if key != "layout"}
     if known.epochs or known.epochs_decay:  # given in epochs, not in the preset's steps
         preset = {**preset, "num_steps": None, "steps_decay": None}
-    p.set_defaults(**{"save_pred_every": 1000, **METHODS[known.method], **preset})
+    p.set_defaults(**METHODS[known.method] | preset)
     args = flags.parse(p, argv, DEMO)
+    if args.demo:
+        p.refuse("with --demo, which runs all methods", "method", "preset", "camstyle", "no_camstyle", "evaluate")
+    if args.evaluate:
+        args.given = p.given
+    if args.method != "ecn":
+        p.note(f"with --method {args.method}", *INVARIANCES)
+        if not args.camstyle:
+            p.note(f"with --method {args.method} without --camstyle", "camstyle_dir")
+    if args.num_steps:
+        p.note("with --num-steps", "epochs")
+    if args.steps_decay:
+        p.note("with --steps-decay", "epochs_decay")
     args.epochs_decay = args.epochs_decay or 40
     args.snapshot_dir = args.snapshot_dir or f"logs/{args.preset or args.method}_{args.source}_{args.target}"
     args.lr_trunk = 0.1 * args.learning_rate if args.lr_trunk is None else args.lr_trunk
@@ -399,24 +414,35 @@ def evaluate(args: argparse.Namespace) -> int:
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
     ops.use(args.ops)
-    path = args.resume or f"{args.snapshot_dir}/checkpoint.pth.tar"
+    initial = args.restore_from if args.restore_from not in ("imagenet", "none") else None
+    path = args.resume or initial or f"{args.snapshot_dir}/checkpoint.pth.tar"
     weights, meta = checkpoint.read_weights(path)
+    height, width = meta.get("size", (args.height, args.width))
+    args.height = args.height if "height" in args.given else height
+    args.width = args.width if "width" in args.given else width
     net = run.place_net(from_weights(weights, path))
     source = None
     if args.dist_metric == "kissme":
         source = open_persons(args.data_dir, args.source, ["train"], msmt_val=args.msmt_val)
     target = open_persons(args.data_dir, args.target, msmt_val=args.msmt_val)
     check(target)
-    runtime.header(run, {"weights": path, "target": target.root, "kernels": ops.backend()})
-    validation = validation_of(args, source, target, args.pixels or meta.get("pixels", "imagenet"), run)
+    pixels = args.pixels or meta.get("pixels", "imagenet")
+    runtime.header(run, {"weights": path, "target": target.root, "kernels": ops.backend(),
+                         "images": f"{args.height} x {args.width} (height x width), {pixels}"})
+    validation = validation_of(args, source, target, pixels, run)
     validation.score(net)
     validation.report()
     return 0
 
 
 # --demo, run by run: what is changed from its defaults
-DEMO_RUNS = {"source only": {"method": "ide"}, "CamStyle": {"method": "camstyle", "camstyle": 11},
-             "ECN: exemplar": {"no_camstyle": True, "knn": 0}, "ECN: + camera": {"knn": 0}, "ECN: + neighbourhood": {}}
+DEMO_RUNS = {
+    "source only": dict(method="ide", camstyle=0, no_camstyle=False),
+    "CamStyle": dict(method="camstyle", camstyle=11, no_camstyle=False),
+    "ECN: exemplar": dict(method="ecn", camstyle=0, no_camstyle=True, knn=0),
+    "ECN: + camera": dict(method="ecn", camstyle=0, no_camstyle=False, knn=0),
+    "ECN: + neighbourhood": dict(method="ecn", camstyle=0, no_camstyle=False),
+}
 
 
 def demo(args: argparse.Namespace) -> int:

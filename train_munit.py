@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from lib import checkpoint, flags, ops, runtime
 from lib.config import config_flags
 from lib.datasets.description import Domain
-from lib.datasets.unpaired import FlipResizeCrop, find_domains, open_domains
+from lib.datasets.unpaired import FlipResizeCrop, find_domains, kind_of, open_domains
 from lib.demo.streets import render_demo
 from lib.demo.translation import compare_translations
 from lib.models.segmenter import FrozenSegmenter, load_segmenter, loss_semantic
@@ -85,7 +85,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     net.add_argument("--dis-norm", choices=["none", "in", "ln"], default="none")
     net.add_argument("--init", choices=["kaiming", "gaussian", "xavier", "orthogonal", "default"], default="kaiming",
                      help="of the generators; D's is gaussian")
-    net.add_argument("--restore-from", metavar="gen_%%08d.pt", help="initial weights, of dis_%%08d.pt too")
+    net.add_argument("--restore-from", metavar="gen_%08d.pt", help="initial weights, of dis_%%08d.pt too")
     net.add_argument("--checkpoint-decoder", action="store_true",
                      help="compute the decoders' activations twice, to save memory")
     data = flags.add_domains(p)
@@ -106,15 +106,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--weight-decay", type=flags.amount, default=1e-4)
     opt.add_argument("--max-gradient", type=flags.positive, default=1e6,
                      help="a step whose gradient has a larger norm is skipped")
-    out = flags.add_run(p)
+    out = flags.add_run(p, folder="outputs/CONFIG or outputs/TRAINER below --output-path")
     out.add_argument("--output-path", "--output_path", default=".",
-                     help="--snapshot-dir is by default outputs/CONFIG or outputs/TRAINER below it")
+                     help="where the default --snapshot-dir lies")
     out.add_argument("--image-display-iter", type=flags.count, default=100,
                      help="iterations between two images/current.png")
     p.set_defaults(save_pred_every=10000, save_num_images=4)
     argv = sys.argv[1:] if argv is None else list(argv)
-    config = p.parse_known_args(argv)[0].config
-    args = flags.parse(p, [*(config_flags(Path(config), p) if config else ()), *argv], DEMO)
+    known = p.parse_args(argv)
+    given, config = p.given, known.config
+    settings = config_flags(Path(config), p) if config else []
+    kinds = {kind_of(name) for name in given} | ({"described"} if known.demo else set())
+    if kinds != {""}:  # data of the command line, or the demo's, replace the configuration's
+        settings = [s for s in settings if kind_of(s[2:].partition("=")[0].replace("-", "_")) in kinds]
+    args = flags.parse(p, [*settings, *argv], DEMO)
+    p.given = given  # without those of the configuration, which is one for both trainers
+    p.note(f"with --trainer {args.trainer}", *UNUSED[args.trainer])
+    if not args.vgg_w:
+        p.note("without --vgg-w", "vgg_weights")
+    if args.lr_policy == "constant":
+        p.note("with --lr-policy constant", "step_size", "gamma")
+    if args.snapshot_dir:
+        p.note("with --demo or --snapshot-dir", "output_path")
+    if not args.demo:
+        p.note("without --demo: training runs no kernel of csrc/", "ops")
 
     args.new_size_a, args.new_size_b = args.new_size_a or args.new_size, args.new_size_b or args.new_size
     if args.recon_x_cyc_w is None:
@@ -284,7 +299,7 @@ METHODS = {"MUNIT": Method(munit_codes, munit_noise, munit_noise, munit_fake, mu
 WEIGHT_OF = {"adv": "gan_w", "recon_x": "recon_x_w", "recon_s": "recon_s_w", "recon_c": "recon_c_w",
              "cycrecon_x": "recon_x_cyc_w", "cyc_x": "recon_x_cyc_w", "recon_kl": "recon_kl_w",
              "recon_kl_cyc": "recon_kl_cyc_w", "vgg": "vgg_w", "semantic": "lambda_semantic"}
-UNUSED = {"MUNIT": ("recon_kl_w", "recon_kl_cyc_w"), "UNIT": ("recon_s_w", "recon_c_w")}
+UNUSED = {"MUNIT": ("recon_kl_w", "recon_kl_cyc_w"), "UNIT": ("recon_s_w", "recon_c_w", "style_dim", "mlp_dim")}
 
 
 def weight_of(name: str, w: Weights) -> float:
@@ -393,7 +408,7 @@ def train(args: argparse.Namespace) -> Session:
     """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
-    ops.use(args.ops)
+    ops.use(args.ops if args.demo else "reference")  # csrc/ is built for the demo's segmenters only
     folder, w = Path(args.snapshot_dir), Weights(**{name: getattr(args, name) for name in Weights._fields})
 
     # data

@@ -37,14 +37,17 @@ from lib.datasets.persons import open_persons
 from lib.datasets.unpaired import (
     PREPROCESS,
     Domains,
+    Pictures,
     Preprocess,
     find_domains,
+    kind_of,
     open_domains,
     require_one_size,
 )
 from lib.demo.streets import render_demo
 from lib.demo.translation import compare_translations
 from lib.errors import UserError
+from lib.files import remove
 from lib.models.cyclegan import BLOCKS, InstanceNorm, ResnetGenerator, init_normal, load_networks
 from lib.models.segmenter import load_segmenter, loss_semantic
 from lib.models.translation import together
@@ -108,12 +111,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--batch-size", "--batch_size", type=flags.batch, help="pairs a process (1; SPGAN 8)")
     opt.add_argument("--lr", type=flags.amount, default=2e-4)
     opt.add_argument("--beta1", type=flags.below_one, default=0.5, help="of Adam")
-    opt.add_argument("--lr_policy", choices=["linear", "constant"], help="(linear; SPGAN constant)")
+    opt.add_argument("--lr_policy", choices=["linear", "constant"], help="(linear; SPGAN without decay constant)")
     opt.add_argument("--n_epochs", type=flags.natural, help="with the full rate (100; SPGAN 20)")
     opt.add_argument("--n_epochs_decay", type=flags.natural, help="linearly to 0 (100; SPGAN 0)")
     opt.add_argument("--max-gradient", type=flags.positive, default=1e6, help="steps with a larger norm are skipped")
     opt.add_argument("--epoch_count", type=flags.count, default=1, help="the first epoch, of weights that are read")
-    out = flags.add_run(p)
+    out = flags.add_run(p, folder="CHECKPOINTS_DIR/NAME")
     out.add_argument("--checkpoints_dir", default="checkpoints", help="the run's folder is NAME in it")
     out.add_argument("--name", default="experiment_name")
     out.add_argument("--continue_train", dest="resume", action="store_true", help="the same as --resume")
@@ -121,14 +124,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out.add_argument("--save_epoch_freq", type=flags.count, default=5, help="epochs between N_net_*.pth files")
     out.add_argument("--gpu_ids", type=int, help="number of the GPU; -1: CPU. Several GPUs: torchrun")
     p.set_defaults(save_pred_every=None)
+    texts = {"save_pred_every": "iterations between snapshots, latest_net_*.pth and resume.pth (default: an epoch)",
+             "eval_every": "iterations between pictures (default: --save_epoch_freq epochs)"}
+    for action in p._actions:
+        action.help = texts.get(action.dest, action.help)
     args = flags.parse(p, argv, DEMO)
-    args.method = "cyclegan" if args.model else args.method
+    if args.model and args.method != "cyclegan":
+        p.error(f"--model {args.model} is --method cyclegan")
+    if "eval_every" not in p.given:
+        args.eval_every = p.get_default("eval_every")  # not --save-pred-every, which flags.parse takes
+    if args.n_epochs_decay and args.lr_policy is None:
+        args.lr_policy = "linear"  # of SPGAN too, whose default has no decay
     epochs = DEMO_EPOCHS[args.method] if args.demo else CAMERA_EPOCHS if args.cameras else {}
     for name, value in {**DEFAULTS[args.method], **epochs}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    note_idle(p, args)
     if args.gpu_ids is not None:
-        args.cpu, args.gpu = args.gpu_ids < 0, max(args.gpu_ids, 0)
+        args.cpu, args.gpu = args.cpu or args.gpu_ids < 0, max(args.gpu_ids, 0)
     args.snapshot_dir = args.snapshot_dir or f"{args.checkpoints_dir}/{args.name}"
     if args.labelled and args.direction != "AtoB":
         p.error("--labelled needs --direction AtoB")
@@ -140,6 +153,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         p.error("--lambda_contrastive is of --method spgan")
     args.n_layers_D = args.n_layers_D or 3
     return args
+
+
+def note_idle(p: flags.Parser, args: argparse.Namespace) -> None:
+    """Name the flags that are given and have no effect beside the others."""
+    if args.demo:
+        p.refuse("with --demo", "cameras")
+    else:
+        p.note("without --demo: training runs no kernel of csrc/", "ops")
+    if args.cameras:
+        p.refuse("with --cameras", "labelled")
+        p.note("with --cameras, whose data lie below --data-dir", "direction", "epoch",
+               *filter(kind_of, p.given - {"data_dir"}))
+    elif not args.resume:
+        p.note("without --resume", "epoch")
+    if args.snapshot_dir:
+        p.note("with --demo or --snapshot-dir", "name", "checkpoints_dir")
+    if args.method == "cyclegan":
+        p.note("with --method cyclegan", "margin")
+    if args.init_type == "default":
+        p.note("with --init_type default", "init_gain")
+    if args.gpu_ids is not None:
+        p.note("with --gpu_ids", "gpu")
+    p.note(f"with --preprocess {args.preprocess}", *{"load_size", "crop_size"}.difference(sizes_of(args.preprocess)))
 
 
 # --- networks: G maps A to B, F maps B to A (g_ab, g_ba); D_A judges images of A, D_B of B --------------------------
@@ -382,6 +418,11 @@ def dropout_masks(seed: int, i: int, n: int, run: Run) -> Callable[[], Tensor]:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
+def sizes_of(how: str) -> list[str]:
+    """The sizes that a --preprocess uses."""
+    return ["load_size"] * ("resize" in how or "scale" in how) + ["crop_size"] * how.endswith("crop")
+
+
 def preprocess(args: argparse.Namespace) -> Preprocess:
     return Preprocess(args.preprocess, args.load_size, args.crop_size, not args.no_flip)
 
@@ -395,17 +436,22 @@ def open_data(args: argparse.Namespace, segmenter: nn.Module | None) -> Domains:
         source = Domain.open(args.source, args.data_dir, args.source_set, args.data_list, "source")
         labelled = segmenter.labels_of(source)
     data = open_domains(found, transform, transform, args.random_seed, labelled, args.check_data)
-    if args.batch_size > 1 and not transform.crops:
-        for pictures in (data.train_a, data.train_b):
-            require_one_size(pictures, args.batch_size)
+    require_batches(args, data[:2])
     return data
+
+
+def require_batches(args: argparse.Namespace, domains: Sequence[Pictures]) -> None:
+    """Raises UserError where pictures of a domain have several sizes, of which no batch can be made."""
+    for pictures in domains:
+        if args.batch_size > 1 and not pictures.transform.crops:
+            require_one_size(pictures, args.batch_size)
 
 
 def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
     """One run; ``exit_code`` of the result is not 0 where it was asked to leave early."""
     run = runtime.start(cpu=args.cpu, gpu=args.gpu, amp=args.amp, seed=args.random_seed,
                         deterministic=args.deterministic)
-    ops.use(args.ops)
+    ops.use(args.ops if args.demo else "reference")  # csrc/ is built for the demo's segmenters only
     folder, spgan = Path(args.snapshot_dir), args.method == "spgan"
     segmenter = load_segmenter(args.segmenter).to(run.device) if args.segmenter else None
     data = data or open_data(args, segmenter)
@@ -450,14 +496,10 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
         return {"script": "train_spgan.py", "method": args.method, "direction": args.direction,
                 "iteration": iteration, "scale": preprocess(args).scale}
 
-    def snapshot(iteration: int) -> None:
-        """Under the names of CycleGAN's release: latest_net_G_A.pth, and after some epochs 5_net_G_A.pth too."""
-        epochs, rest = divmod(iteration, epoch_length)
-        epoch = args.epoch_count - 1 + epochs
-        numbered = rest == 0 and (epoch % args.save_epoch_freq == 0 or iteration == total)
-        for label in ("latest", epoch) if numbered else ("latest",):
-            for suffix, net in modules.items():
-                checkpoint.save_weights(net, folder / f"{label}_net_{suffix}.pth", meta_of(iteration))
+    def snapshot(iteration: int, label: str | int = "latest") -> None:
+        """Under the names of CycleGAN's release: latest_net_G_A.pth, and after some epochs 5_net_G_A.pth."""
+        for suffix, net in modules.items():
+            checkpoint.save_weights(net, folder / f"{label}_net_{suffix}.pth", meta_of(iteration))
 
     def show(x_a: Tensor, x_b: Tensor) -> list[Sequence[Tensor]]:
         with run.autocast():
@@ -473,7 +515,8 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
             "weights": loaded, "networks": f"{args.method}: {args.netG}, {args.ngf} filters, {args.upsample}; D of "
                                            f"{args.n_layers_D} layers, {args.ndf} filters",
             "domain A": f"{len(a)} pictures of {a.name}", "domain B": f"{len(b)} pictures of {b.name}",
-            "pictures": f"{args.preprocess}, load {args.load_size}, crop {args.crop_size}",
+            "pictures": ", ".join([args.preprocess, *(f"{name.removesuffix('_size')} {getattr(args, name)}"
+                                                      for name in sizes_of(args.preprocess))]),
             "batch": f"{batch} pairs = {args.batch_size} x {run.world} processes",
             "steps": f"{session.iteration} to {total}: epochs {args.epoch_count} to {last_epoch}"})
         first = session.iteration
@@ -493,6 +536,9 @@ def train(args: argparse.Namespace, data: Domains | None = None) -> Session:
                 segmenter=segmenter, y_a=batch_a.label.to(run.device) if args.labelled else None))
             scaler.update()
             session.end_step(last_losses, names, lr=lr)
+            ends = (i + 1) % epoch_length == 0 and (epoch % args.save_epoch_freq == 0 or i + 1 == total)
+            if ends and run.is_main:
+                snapshot(i + 1, epoch)
             if i == first:
                 run.say(f"peak memory of an iteration: {runtime.peak_memory(run.device):.1f} GiB")
     return session
@@ -507,19 +553,30 @@ def train_cameras(args: argparse.Namespace) -> int:
     The recipe of CamStyle: CycleGAN with identity loss, 30 + 20 epochs, batch 1.
     """
     persons = open_persons(args.data_dir or "data", args.cameras, ["train"])
-    pairs, transform = list(combinations(persons.cameras, 2)), preprocess(args)
-    for n, pair in enumerate(pairs, 1):
-        folder = Path(args.snapshot_dir) / "to".join(str(camera + 1) for camera in pair)
-        print(f"--- cameras {folder.name}, {n} of {len(pairs)}", flush=True)
+    transform = preprocess(args)
+    domains = {camera: Pictures([p.path for p in persons.train if p.camera == camera], transform, args.random_seed)
+               for camera in persons.cameras}
+    for pictures in domains.values():
+        pictures.check(args.check_data)
+    require_batches(args, domains.values())
+    if args.check_data:
+        print(f"all pictures of {args.cameras} are fine")
+        return 0
+    folders = {pair: Path(args.snapshot_dir) / "to".join(str(camera + 1) for camera in pair)
+               for pair in combinations(persons.cameras, 2)}
+    for folder in folders.values() if args.overwrite else ():  # if this run is interrupted too, none is finished
+        for name in ("latest_net_G_A.pth", "resume.pth"):
+            remove(folder / name, "Choose another --snapshot-dir")
+    for n, (pair, folder) in enumerate(folders.items(), 1):
+        print(f"--- cameras {folder.name}, {n} of {len(folders)}", flush=True)
         resume_file = folder / "resume.pth"
         if (folder / "latest_net_G_A.pth").exists() and not resume_file.exists():
             print("finished earlier")
             continue
-        found = {f"train_{side}": [p.path for p in persons.train if p.camera == camera]
-                 for side, camera in zip("ab", pair, strict=True)}
+        found = {f"train_{side}": domains[camera].images for side, camera in zip("ab", pair, strict=True)}
         changes = {"snapshot_dir": str(folder), "resume": resume_file.exists()}
         session = train(argparse.Namespace(**{**vars(args), **changes}),
-                        open_domains(found, transform, transform, args.random_seed, check_all=args.check_data))
+                        open_domains(found, transform, transform, args.random_seed))
         if session.exit_code:
             return session.exit_code
         if session.run.is_main:  # hundreds of megabytes that a finished translator no longer needs

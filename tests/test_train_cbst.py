@@ -314,9 +314,17 @@ def test_the_demo(place, tmp_path, in_process, monkeypatch, capsys):
     assert script.main(flags) == 0
     start = tmp_path / "snapshots/demo_cbst/5/start.pth"
     before = start.read_bytes()
+    assert {key: checkpoint.read_weights(start)[1][key] for key in ("arch", "pixels")} == {
+        "arch": "resnet18", "pixels": "caffe"}
     assert rendered == [("data/demo/5", 5)] and (tmp_path / "result/demo_cbst/report.png").exists()
     assert re.search(r"source only +source, target BN +adapted", capsys.readouterr().out)
     assert script.main([*flags, "--resume"]) == 0 and start.read_bytes() == before
+
+
+@pytest.mark.parametrize("flags, pixels", [([], "imagenet"), (["--pixels", "caffe"], "caffe")])
+def test_the_demo_keeps_what_a_checkpoint_says(place, flags, pixels):
+    args = script.parse_args(["--demo", "--restore-from", str(place / "start.pth"), *flags])
+    assert script.open_network(args, CLASSES)[1]["pixels"] == pixels
 
 
 def test_fp16_scales_its_losses(place, folder, in_process, monkeypatch):
@@ -455,6 +463,32 @@ def test_flags_that_make_no_sense(flags, capsys):
     with pytest.raises(SystemExit) as caught:
         script.parse_args(["--restore-from", "x", *flags])
     assert caught.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--prior-norm", "class"], "--prior-norm has no effect without --spatial-prior"),
+    (["--model", "DeeplabPixelAssoc", "--aspp", "released"], "sums all four rates")])
+def test_flags_without_effect(flags, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.parse_args(["--restore-from", "x", *flags])
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_pixel_association_network_sums_all_rates(place, folder):
+    net = build("DeeplabPixelAssoc", len(CLASSES), "resnet18", "full")
+    checkpoint.save_weights(net, place / "asso.pth", {**META, "model": "DeeplabPixelAssoc"})
+    with pytest.raises(UserError, match="--aspp released: .* sums all four rates"):
+        script.main(rounds(place, folder, "--aspp", "released", start="asso.pth"))
+    assert not folder.exists()
+
+
+def test_help_says_what_the_flags_do_here(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("images a process and backward pass (default: 2)", "(default: their files' size)",
+                  "between saves of what --resume needs (default: 500)"):
+        assert words in text
 
 
 def test_a_start_of_another_kind_of_network(place, folder):

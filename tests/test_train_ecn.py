@@ -2,6 +2,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,11 @@ def arguments(people, folder, *more: str) -> list[str]:
             "--features", "16", "--height", "32", "--width", "16", "-b", "4", "-j", "0", "--restore-from", "none",
             "--cpu", "--ops", "reference", "--print-freq", "1", "--num-steps", "4", "--lr", "0.01",
             "--neighbour-epoch", "1", *more]
+
+
+def scoring(people, folder, *more: str) -> list[str]:
+    return ["-s", "plaza", "-t", "campus", "--data-dir", str(people), "--logs-dir", str(folder), "-j", "0", "--cpu",
+            "--ops", "reference", "--evaluate", *more]
 
 
 # --- the memory -------------------------------------------------------------------------------------------------------
@@ -183,6 +189,30 @@ def test_presets_give_way_to_flags():
     assert (args.num_steps, args.steps_decay, args.epochs, args.learning_rate) == (None, None, 9, 0.1)
 
 
+def test_each_run_of_the_demo_is_of_its_method(folder, monkeypatch):
+    seen, scores = [], dict.fromkeys(("R1", "R5", "R10", "mAP"), 0.0)
+    validation = SimpleNamespace(scores=scores, panels="", score=lambda net: scores)
+    session = SimpleNamespace(exit_code=0, net=None, validation=validation)
+    monkeypatch.setattr(script, "train", lambda args: seen.append(args) or session)
+    assert script.demo(script.parse_args(["--demo", "--logs-dir", str(folder)])) == 0
+    assert [(a.method, a.camstyle, a.no_camstyle, a.knn) for a in seen] == [
+        ("ide", 0, False, 6), ("camstyle", 11, False, 6), ("ecn", 0, True, 0), ("ecn", 0, False, 0),
+        ("ecn", 0, False, 6)]
+
+
+@pytest.mark.parametrize("name", ["--resume", "--restore-from"])
+@pytest.mark.parametrize("flags, size", [([], (48, 24)), (["--height", "32"], (32, 24)),
+                                         (["--width", "16", "--height", "32"], (32, 16))])
+def test_evaluate_scores_the_file_at_its_size(people, folder, in_this_process, capsys, name, flags, size):
+    state = reid.IDNet(3, "resnet18", 16).state_dict()
+    state.segadapt = {"size": [48, 24], "pixels": "caffe"}
+    folder.parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": state, "epoch": 1}, folder.parent / "x.tar")
+    assert script.main(scoring(people, folder, name, str(folder.parent / "x.tar"), *flags)) == 0
+    text = capsys.readouterr().out
+    assert "{} x {} (height x width), caffe".format(*size) in text and "x.tar" in text
+
+
 def test_what_is_frozen(people, folder, in_this_process):
     """From random weights all of the network trains; from weights, ECN leaves conv1 to layer2 as they are."""
     script.main(arguments(people, folder, "--method", "ide"))
@@ -247,6 +277,32 @@ def test_flags_that_do_not_fit(people, folder, flags, capsys):
     with pytest.raises(SystemExit) as left:
         script.main(arguments(people, folder, *flags))
     assert left.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--method", "ide"], ["--preset", "spgan", "--method", "ide"], ["--camstyle", "5"],
+                                  ["--no-camstyle"], ["--evaluate"]])
+def test_the_demo_runs_all_methods(more, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.parse_args(["--demo", *more])
+    assert left.value.code == 2 and "has no effect with --demo, which runs all methods" in capsys.readouterr().err
+
+
+OF_ECN = "--inv-alpha 0.1 --inv-beta 0.1 --knn 3 --neighbour-epoch 3 --lmd 0.1 --no-camstyle"
+
+
+@pytest.mark.parametrize("command, more", [
+    ("--method ide", f"{OF_ECN} --camstyle-dir x"), ("--method camstyle", OF_ECN),
+    ("--num-steps 5", "--epochs 5"), ("--steps-decay 5", "--epochs-decay 5")])
+def test_flags_without_effect_are_named(command, more, capsys):
+    script.parse_args([*command.split(), *more.split()])
+    notes = capsys.readouterr().err
+    assert notes.count(f"has no effect with {command.removesuffix(' 5')}") == more.count("--")
+
+
+def test_help_shows_the_default(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    assert "iterations between snapshots (default: 1000)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_resuming_on_other_data(people, folder, in_this_process):

@@ -364,6 +364,21 @@ def test_bad_flags(flag, complaint, capsys):
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag, note", [
+    *((["--trainer", "UNIT", name, "1"], f"{name} has no effect with --trainer UNIT")
+      for name in ("--style-dim", "--mlp-dim", "--recon-s-w", "--recon-c-w")),
+    *((["--trainer", "MUNIT", name, "1"], f"{name} has no effect with --trainer MUNIT")
+      for name in ("--recon-kl-w", "--recon-kl-cyc-w")),
+    (["--vgg-weights", "vgg.pth"], "--vgg-weights has no effect without --vgg-w"),
+    (["--lr-policy", "constant", "--step-size", "9"], "--step-size has no effect"),
+    (["--lr-policy", "constant", "--gamma", "1"], "--gamma has no effect"),
+    (["--snapshot-dir", "d", "--output-path", "d"], "--output-path has no effect"),
+    (["--ops", "reference"], "--ops has no effect without --demo")])
+def test_flags_without_effect_are_named(flag, note, capsys):
+    script.parse_args(flag)
+    assert note in capsys.readouterr().err
+
+
 @pytest.fixture
 def root(tmp_path):
     """Two folders of pictures."""
@@ -399,6 +414,32 @@ def test_bad_data(root):
     shutil.rmtree(root / "trainA")
     (root / "trainA").symlink_to(root / "trainB")
     complain(root, match="3 pictures are in both domains")
+
+
+ROOT = ["--data-root", "d"]
+FOLDERS = ["--data-folder-train-a", "d", "--data-folder-train-b", "d"]
+DESCRIBED = ["--source", "gta5", "--target", "demo"]
+
+
+@pytest.mark.parametrize("kind, more", [
+    *((kind, [f"--{name}", "x"]) for kind in (ROOT, FOLDERS) for name in (
+        "data-dir", "data-list", "source-set", "data-dir-target", "data-list-target", "set", "data-list-test-b")),
+    *((kind, ["--data-list-train-a", "x"]) for kind in (ROOT, DESCRIBED))])
+def test_data_flags_of_another_kind(kind, more):
+    args = script.parse_args([*kind, *more])
+    with pytest.raises(UserError, match=f"{more[0]} has no effect without"):
+        script.find_domains(**script.flags.domains(args))
+
+
+@pytest.mark.parametrize("written", ["data_root: other", "data_folder_train_a: other\ndata_list_train_a: other.txt"])
+@pytest.mark.parametrize("more", [ROOT, DESCRIBED, ["--demo"]])
+def test_data_of_the_command_line_replace_the_configuration_s(written, more, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(written)
+    chosen, asked = (script.flags.domains(script.parse_args(argv)) for argv in ([*more, "--config", str(path)], more))
+    assert chosen == asked
+    args = script.parse_args(["--config", str(path)])
+    assert "other" in (args.data_root, args.data_folder_train_a)
 
 
 def test_unreadable_picture_among_many(root):

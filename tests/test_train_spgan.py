@@ -21,9 +21,9 @@ from lib.models.deeplab import build
 from lib.models.segmenter import load_segmenter
 from lib.runtime import Run
 
-SMALL = ["--load_size", "80,72", "--crop_size", "64", "--ngf", "2", "--ndf", "2", "--netG", "resnet_6blocks",
-         "--n_epochs", "2", "--n_epochs_decay", "1", "--num-workers", "0", "--cpu", "--log-every", "1",
-         "--save-num-images", "1"]
+SMALL = ["--ngf", "2", "--ndf", "2", "--netG", "resnet_6blocks", "--n_epochs", "2", "--n_epochs_decay", "1",
+         "--num-workers", "0", "--cpu", "--log-every", "1", "--save-num-images", "1"]
+SIZES = ["--load_size", "80,72", "--crop_size", "64"]
 
 
 def picture(rng: np.random.Generator, size=(96, 72), red: int = 1) -> Image.Image:
@@ -43,13 +43,15 @@ def root(tmp_path):
 
 
 def flags(root, folder, *more: str) -> list[str]:
-    return ["--dataroot", str(root), "--snapshot-dir", str(folder), *SMALL, *more]
+    sizes = [] if "--preprocess" in more else SIZES
+    return ["--dataroot", str(root), "--snapshot-dir", str(folder), *SMALL, *sizes, *more]
 
 
 @pytest.mark.parametrize("method", ["cyclegan", "spgan"])
 def test_resume(root, tmp_path, monkeypatch, method):
     """Stopped in an iteration without a step of G and with a full pool, the run goes on bit for bit."""
     more = ["--method", method, "--pool_size", "2", "--batch-size", "1", "--n_epochs_decay", "1"]
+    more += ["--lr_policy", "constant"] if method == "spgan" else []
     assert script.main(flags(root, tmp_path / "whole", *more)) == 0
     step, calls = script.step, []
 
@@ -148,7 +150,7 @@ def test_lists_and_directions(root, tmp_path):
     (tmp_path / "list.txt").write_text("3.png\n1.png\n")
     args = script.parse_args(["--data-folder-train-a", str(root / "trainA"), "--data-folder-train-b",
                               str(root / "trainB"), "--data-list-train-a", str(tmp_path / "list.txt"), "--direction",
-                              "BtoA", *SMALL])
+                              "BtoA", *SMALL, *SIZES])
     data = script.open_data(args, None)
     assert [p.name for p in data.train_b.images] == ["3.png", "1.png"]
     assert len(data.train_a) == 4 and data.train_a.name.endswith("trainB")
@@ -214,10 +216,49 @@ CASES = {
 
 
 @pytest.mark.parametrize("argv", [["--n_layers_D", "2"], ["--lambda_contrastive", "1"], ["--lambda_semantic", "1"],
-                                  ["--labelled"], ["--epoch_count", "201"], ["--crop_size", "0"]])
+                                  ["--labelled"], ["--epoch_count", "201"], ["--crop_size", "0"],
+                                  ["--method", "spgan", "--model", "cycle_gan"], ["--demo", "--cameras", "market"]])
 def test_flags_that_would_not_act(argv):
     with pytest.raises(SystemExit):
         script.parse_args(["--dataroot", "d", *argv])
+
+
+@pytest.mark.parametrize(("beside", "idle"), [
+    ("", "--margin 1"), ("", "--epoch 5"), ("", "--ops reference"),
+    ("--method spgan", "--init_gain 1"), ("--gpu_ids 0", "--gpu 1"), ("--demo", "--name x"),
+    ("--demo", "--checkpoints_dir x"), ("--snapshot-dir x", "--name x"),
+    ("--demo", "--load_size 80"), ("--preprocess crop", "--load_size 80"), ("--preprocess none", "--load_size 80"),
+    ("--preprocess none", "--crop_size 80"), ("--preprocess scale_width", "--crop_size 80"),
+    *(("--cameras market", idle) for idle in (
+        "--data-root d", "--source gta5", "--target gta5", "--data-folder-train-a d", "--data-list-test-b d",
+        "--data-list d", "--data-dir-target d", "--set d", "--direction BtoA")),
+    ("--cameras market --resume", "--epoch 5")])
+def test_flags_without_effect_are_named(beside, idle, capsys):
+    script.parse_args([*beside.split(), *idle.split()])
+    assert f"{idle.split()[0]} has no effect with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "expected"), [
+    ("--cpu --gpu_ids 0", dict(cpu=True)), ("--gpu_ids 1", dict(cpu=False, gpu=1)),
+    ("--method spgan --n_epochs_decay 20", dict(lr_policy="linear")),
+    ("--method spgan --n_epochs_decay 20 --lr_policy constant", dict(lr_policy="constant")),
+    ("--method spgan", dict(lr_policy="constant", n_epochs_decay=0)), ("--save-pred-every 7", dict(eval_every=None)),
+    ("--save-pred-every 7 --eval-every 3", dict(eval_every=3))])
+def test_flags_beside_each_other(argv, expected):
+    args = vars(script.parse_args(argv.split()))
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_numbered_weights_do_not_depend_on_snapshots(root, tmp_path, capsys):
+    """Of four iterations each, epochs 2 and 3 (the last) leave weights; no kernels are built."""
+    assert script.main(flags(root, tmp_path / "run", "--save-pred-every", "5", "--save_epoch_freq", "2",
+                             "--preprocess", "none")) == 0
+    names = {p.name for p in (tmp_path / "run").glob("*_net_G_A.pth")}
+    assert names == {f"{label}_net_G_A.pth" for label in ("latest", 2, 3)}
+    assert checkpoint.load(tmp_path / "run/2_net_G_A.pth").segadapt["iteration"] == 8
+    assert {p.name for p in (tmp_path / "run/pictures").iterdir()} == {"8.png", "12.png"}
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["pictures", "none"] in said and ["kernels", "reference"] in said
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -268,10 +309,20 @@ def test_cameras(tmp_path, monkeypatch):
     step = script.step
     monkeypatch.setattr(script, "step", lambda *a, **k: trained.append(1) or step(*a, **k))
     argv = ["--cameras", "market", "--data-dir", str(tmp_path / "data"), "--snapshot-dir", str(tmp_path / "run"),
-            *SMALL, "--n_epochs", "1", "--n_epochs_decay", "0"]
+            *SMALL, *SIZES, "--n_epochs", "1", "--n_epochs_decay", "0"]
+    assert script.main([*argv, "--check-data"]) == 0 and not (tmp_path / "run").exists()
     assert script.main(argv) == 0
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["1to2", "1to4", "2to4"] and len(trained) == 6
     assert script.main(argv) == 0 and len(trained) == 6
+    assert script.main([*argv, "--overwrite"]) == 0 and len(trained) == 12
+    broken = folder / "0002_c4s1_000451_03.jpg"
+    broken.write_text("x")
+    for more in ([], ["--check-data"]):  # the third camera's pictures are read before the first pair is trained
+        with pytest.raises(UserError, match=f"{broken.name}: not an image"):
+            script.main([*argv, "--overwrite", *more])
+    assert len(trained) == 12
+    with pytest.raises(UserError, match="plaza"):
+        script.main(["--cameras", "plaza", "--data-dir", str(tmp_path / "nowhere")])
     args = script.parse_args(["--cameras", "market", "--data-dir", "data"])
     assert (args.n_epochs, args.n_epochs_decay, args.batch_size, args.lambda_identity) == (30, 20, 1, 0.5)
 
@@ -281,7 +332,7 @@ def test_demo(tmp_path, monkeypatch, in_this_process, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "render_demo", lambda root, seed: render(root))
     monkeypatch.setattr(script, "compare_translations", partial(script.compare_translations, steps=1))
-    small = [*SMALL, "--preprocess", "resize_and_crop", "--n_epochs", "1", "--n_epochs_decay", "0"]
+    small = [*SMALL, *SIZES, "--preprocess", "resize_and_crop", "--n_epochs", "1", "--n_epochs_decay", "0"]
     assert script.main(["--demo", "--method", "spgan", *small]) == 0
     table = capsys.readouterr().out
     for column in ("original", "original, target BN", "mean, deviation", "spgan", "spgan, target BN"):

@@ -109,7 +109,7 @@ def munit(i: Inputs, folder: Path) -> list[str]:
 def spgan(i: Inputs, folder: Path) -> list[str]:
     return [*translation(i, folder), "--method", "spgan", "--load_size", "80,72", "--crop_size", "64", "--ngf", "2",
             "--ndf", "2", "--netG", "resnet_6blocks", "--batch-size", "1", "--n_epochs", "1", "--n_epochs_decay", "1",
-            "--pool_size", "2", "--save-pred-every", "2"]
+            "--lr_policy", "constant", "--pool_size", "2", "--save-pred-every", "2"]
 
 
 def ecn(i: Inputs, folder: Path) -> list[str]:

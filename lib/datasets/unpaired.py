@@ -183,6 +183,15 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def check(self, check_all: bool = False, sample: int = 50) -> None:
+        """Read ``sample`` pictures spread over the domain, or all. Raises UserError that lists the bad ones."""
+        if len(self) < 2:
+            raise UserError(f"{self.name} holds one picture: a domain needs at least two")
+        indices = spread(len(self), len(self) if check_all else sample)
+        if problems := list(problems_of(self, indices)):
+            files = "file" if len(problems) == 1 else "files"
+            raise UserError(f"{self.name} has {len(problems)} bad {files}:\n{itemized(problems)}")
+
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, draw = key if isinstance(key, tuple) else (key, key)
         image = read_image(self.images[index])
@@ -202,15 +211,10 @@ class Domains(NamedTuple):
     test_a: list[Path]
     test_b: list[Path]
 
-    def check(self, check_all: bool = False, sample: int = 50) -> None:
-        """Read ``sample`` pictures of each domain spread over it, or all. Raises UserError that lists the bad ones."""
+    def check(self, check_all: bool = False) -> None:
+        """Read some pictures of each domain, or all. Raises UserError for bad ones, and for pictures in both."""
         for pictures in self[:2]:
-            if len(pictures) < 2:
-                raise UserError(f"{pictures.name} holds one picture: a domain needs at least two")
-            indices = spread(len(pictures), len(pictures) if check_all else sample)
-            if problems := list(problems_of(pictures, indices)):
-                files = "file" if len(problems) == 1 else "files"
-                raise UserError(f"{pictures.name} has {len(problems)} bad {files}:\n{itemized(problems)}")
+            pictures.check(check_all)
         both = {p.resolve() for p in self.train_a.images} & {p.resolve() for p in self.train_b.images}
         if both:
             raise UserError(f"{len(both)} pictures are in both domains, {min(both)} among them: source and target must "
@@ -233,18 +237,37 @@ def problems_of(pictures: Pictures, indices: Iterable[int]) -> Iterable[str]:
             yield str(error)
 
 
+def kind_of(name: str) -> str:
+    """Which kind of data a flag of flags.add_domains belongs to, by its destination; "" for other flags."""
+    if name == "data_root":
+        return "root"
+    if name.startswith(("data_folder_", "data_list_")) and name != "data_list_target":
+        return "folders"
+    return "described" if name in ("source", "target", "data_dir", "data_dir_target", "data_list", "data_list_target",
+                                   "source_set", "set") else ""
+
+
 def find_domains(*, dataroot: str | None, folders: Mapping[str, str | None], lists: Mapping[str, str | None],
                  source: tuple[str | None, ...], target: tuple[str | None, ...]) -> dict[str, list[Path]]:
     """The pictures that exactly one of these names, as "train_a", "train_b" and, where there are some, "test_a", ...
 
     dataroot: a folder with trainA, trainB, testA and testB. folders, lists: by "train_a", ... source, target: (JSON
-    description, folder, set, list); None: the description's. Raises UserError.
+    description, folder, set, list); None: the description's. Raises UserError, also for what would not be used.
     """
     kinds = [dataroot is not None, any(folders.values()), source[0] is not None or target[0] is not None]
     if sum(kinds) != 1:
         raise UserError(f"{'one kind of' if any(kinds) else 'no'} data {'only' if any(kinds) else 'given'}: "
                         "--data-root FOLDER (with trainA, trainB), --data-folder-train-a and -b, or --source and "
                         "--target with data sets")
+    for key, file in lists.items():
+        if file and not folders.get(key):
+            flag = key.replace("_", "-")
+            raise UserError(f"--data-list-{flag} has no effect without --data-folder-{flag}")
+    if not kinds[2]:
+        for flag, value in zip(("--data-dir", "--source-set", "--data-list", "--data-dir-target", "--set",
+                                "--data-list-target"), source[1:] + target[1:], strict=True):
+            if value:
+                raise UserError(f"{flag} has no effect without --source and --target")
     if kinds[0]:
         root = Path(dataroot)
         lacking = [name for name in ("trainA", "trainB") if not (root / name).is_dir()]
