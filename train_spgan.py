@@ -59,14 +59,14 @@ from lib.session import LastLosses, Session
 # what follows from --method where a flag is not given
 DEFAULTS = {
     "cyclegan": dict(load_size=(286, 286), crop_size=(256, 256), n_epochs=100, n_epochs_decay=100, batch_size=1,
-                     lr_policy="linear", lambda_contrastive=0.0, init_type="normal"),
+                     lr=2e-4, lr_policy="linear", lambda_contrastive=0.0, init_type="normal"),
     "spgan": dict(load_size=(144, 286), crop_size=(128, 256), n_epochs=20, n_epochs_decay=0, batch_size=8,
-                  lr_policy="constant", lambda_contrastive=2.0, init_type="default")}
+                  lr=2e-4, lr_policy="constant", lambda_contrastive=2.0, init_type="default")}
 # --demo: narrow networks on the rendered pair
 DEMO = dict(**flags.DEMO_DATA, snapshot_dir="snapshots/demo_{method}/{seed}", preprocess="crop", crop_size=(96, 96),
-            ngf=16, ndf=16, netG="resnet_6blocks", batch_size=1, lr=1e-3, lambda_identity=0.0, save_num_images=3,
-            log_every=60)
-DEMO_EPOCHS = {"cyclegan": dict(n_epochs=2, n_epochs_decay=2), "spgan": dict(n_epochs=8, n_epochs_decay=0)}
+            ngf=16, ndf=16, netG="resnet_6blocks", batch_size=1, lambda_identity=0.0, save_num_images=3, log_every=60)
+DEMO_SCHEDULE = {"cyclegan": dict(n_epochs=2, n_epochs_decay=2, lr=1e-3),
+                 "spgan": dict(n_epochs=6, n_epochs_decay=4, lr=5e-4, lr_policy="linear", init_type="normal")}
 # --cameras: CamStyle's recipe
 CAMERA_EPOCHS = dict(n_epochs=30, n_epochs_decay=20)
 
@@ -109,7 +109,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--no_flip", action="store_true", help="do not mirror images at random")
     opt = p.add_argument_group("optimisation")
     opt.add_argument("--batch-size", "--batch_size", type=flags.batch, help="pairs a process (1; SPGAN 8)")
-    opt.add_argument("--lr", type=flags.amount, default=2e-4)
+    opt.add_argument("--lr", type=flags.amount, help="(2e-4)")
     opt.add_argument("--beta1", type=flags.below_one, default=0.5, help="of Adam")
     opt.add_argument("--lr_policy", choices=["linear", "constant"], help="(linear; SPGAN without decay constant)")
     opt.add_argument("--n_epochs", type=flags.natural, help="with the full rate (100; SPGAN 20)")
@@ -135,8 +135,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.eval_every = p.get_default("eval_every")  # not --save-pred-every, which flags.parse takes
     if args.n_epochs_decay and args.lr_policy is None:
         args.lr_policy = "linear"  # of SPGAN too, whose default has no decay
-    epochs = DEMO_EPOCHS[args.method] if args.demo else CAMERA_EPOCHS if args.cameras else {}
-    for name, value in {**DEFAULTS[args.method], **epochs}.items():
+    schedule = DEMO_SCHEDULE[args.method] if args.demo else CAMERA_EPOCHS if args.cameras else {}
+    for name, value in {**DEFAULTS[args.method], **schedule}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     note_idle(p, args)
