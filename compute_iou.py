@@ -43,10 +43,10 @@ MAX_WORKERS = 64
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__, whole=True)
     parser.add_argument("gt_dir", type=Path, metavar="GT_DIR", help="folder of the ground truth")
     parser.add_argument("pred_dir", type=Path, metavar="PRED_DIR", help="folder of the predictions")
-    parser.add_argument("--data", default="cityscapes", help="data set: shipped name or .json (default %(default)s)")
+    parser.add_argument("--data", default="cityscapes", help="data set: shipped name or .json")
     parser.add_argument("--set", help="the set to score where GT_DIR holds several (default: the data set's 'val')")
     parser.add_argument("--list", type=Path, metavar="FILE", help="score only the images of this list, one a line")
     parser.add_argument("--devkit_dir", type=Path, metavar="DIR", help="folder with info.json, label.txt and val.txt")

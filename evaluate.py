@@ -34,7 +34,7 @@ from lib.models.deeplab import ARCHITECTURES, MODELS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.parser(__doc__, whole=True)
     p.add_argument("--restore-from", required=True, metavar="FILE", help="checkpoint")
     p.add_argument("--model", choices=[*MODELS, "FCN8s"], help="default: recognised by the checkpoint's keys")
     p.add_argument("--arch", choices=list(ARCHITECTURES), help="default: recognised")
@@ -46,10 +46,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data-list", help="file with one image a line")
     p.add_argument("--set", help="which set (default: the description's val)")
     p.add_argument("--images", metavar="FOLDER", help="any folder of pictures instead, without labels")
-    p.add_argument("--save", help="output folder (default: result/NAME OF THE DATA SET); 'none' writes nothing")
+    p.add_argument("--save", help="output folder (default: result/NAME of the data set or folder); 'none': nothing")
     p.add_argument("--size", type=flags.size,
                    help="width,height to resize to (default: the checkpoint's, else the description's)")
-    p.add_argument("--scales", type=flags.scales, default=(1.0,), help="with commas; logits are averaged")
+    p.add_argument("--scales", type=flags.scales, default=(1.0,),
+                   help="with commas; logits are averaged (default: 1.0)")
     p.add_argument("--flip", action="store_true", help="average with the mirrored image")
     p.add_argument("--aggregate", type=flags.share, nargs="?", const=0.5, metavar="ALPHA",
                    help="mix features and probabilities with those of similar pixels (pixel-level cycle association; "
@@ -69,6 +70,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.images and (args.data_dir or args.data_list or args.set):
         p.error("--images takes the place of --data-dir, --data-list and --set")
+    if args.images:
+        p.note("with --images, whose own statistics are taken", "bn_set")
+    elif args.bn_stats == "running":
+        p.note("with --bn-stats running", "bn_set")
+    if args.save == "none":
+        p.note("with --save none", "overlay", "panels", "label_ids")
+    if args.cpu:
+        p.note("with --cpu", "gpu")
     return args
 
 
@@ -78,6 +87,10 @@ def load_network(args: argparse.Namespace) -> tuple[torch.nn.Module, dict, check
                                                  pixels=args.pixels)
     if args.aspp == "released" and known["model"] == "DeeplabPixelAssoc":
         raise UserError("--aspp released: this network sums all four rates")
+    if known["model"] == "DeeplabVGG" and args.arch:
+        raise UserError(f"--arch {args.arch}: this network is a DeeplabVGG, which has one backbone")
+    if known["model"] == "FCN8s" and (args.arch or args.aspp or args.aggregate):
+        raise UserError("--arch, --aspp and --aggregate are of DeepLab networks; this one is an FCN8s")
     if args.num_classes not in (None, known["num_classes"]):
         raise UserError(f"--num-classes {args.num_classes}: {args.restore_from} has {known['num_classes']} classes")
     return net, known, report
@@ -105,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ops.use(args.ops)
     net, known, report = load_network(args)
     bn_stats = args.bn_stats or ("running" if known["bn_stats"] == "running" else "target")
+    if args.bn_set and bn_stats == "running":
+        raise UserError("--bn-set has no effect without --bn-stats target")
     aggregate = known["aggregate"] if args.aggregate is None else args.aggregate
     data = load_description(args.data or known["task"])
     task = load_description(known["task"]) if "classes" in known else data
@@ -129,10 +144,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.label_ids:
             make_folder(save / "labelIds", "Choose another --save")
 
-    aspp = "" if known["model"] == "FCN8s" else f", ASPP {known['aspp']}"
+    fcn, vgg = known["model"] == "FCN8s", known["model"] == "DeeplabVGG"
+    backbone, aspp = "" if fcn or vgg else f" {known['arch']}", "" if fcn else f", ASPP {known['aspp']}"
     runtime.header(run, {
         "kernels": ops.backend(),
-        "network": f"{known['model']} {known['arch']}, {len(classes)} classes{aspp}",
+        "network": f"{known['model']}{backbone}, {len(classes)} classes{aspp}",
         "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
         "images": f"{len(images)} of {args.images or data.name} at "
                   f"{f'a height of {size} pixels' if isinstance(size, int) else size}, "
@@ -140,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "scales": ", ".join([str(args.scales), *(["mirrored too"] if args.flip else []),
                              *([f"aggregated by {aggregate}"] if aggregate else [])]),
         "BN": f"statistics {'re-estimated on the target' if bn_stats == 'target' else 'of the checkpoint'}",
-        "numbers": {"off": "float32"}.get(args.amp, args.amp) + (", compiled" if args.compile else ""),
+        "precision": {"off": "float32"}.get(args.amp, args.amp) + (", compiled" if args.compile else ""),
         "output": save or "scores only"})
     net.to(run.device)
     if bn_stats == "target":

@@ -43,7 +43,7 @@ PROTOCOLS = {"release": {"ties": "group", "unmatched": "skip"}, "matlab": {"ties
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.parser(__doc__, whole=True)
     given = p.add_mutually_exclusive_group(required=True)
     given.add_argument("--restore-from", "--resume", metavar="FILE", help="checkpoint")
     given.add_argument("--features", metavar="FILE", help="what --save-features wrote, in place of a network")
@@ -78,6 +78,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         p.error("--features: the features are there; -t, --lmp, --mirrored and --save-features need --restore-from")
     if args.lmp and args.output_feature == "fc":
         p.error("--lmp takes the place of pool5: leave --output_feature fc out")
+    if args.features:
+        p.note("with --features", "data_dir", "height", "width", "pixels", "output_feature", "bn_stats", "batch_size",
+               "num_workers", "amp", "gpu")
+    if not args.rerank:
+        p.note("without --rerank", "k1", "k2", "lambda_", "rerank_power")
+    if not args.save_ranks:
+        p.note("without --save-ranks", "save")
+    if args.cpu:
+        p.note("with --cpu", "gpu")
     return args
 
 

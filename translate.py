@@ -39,7 +39,7 @@ MIN_SIDE = 16  # pixels of a picture: reflection padding at a quarter of the siz
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = flags.parser(__doc__, whole=True)
     p.add_argument("--checkpoint", required=True, metavar="FILE",
                    help="*_net_G_A.pth, Epoch_(N).ckpt or gen_*.pt; with --cameras the folder of train_spgan.py; "
                         "'statistics': no network, each channel's mean and deviation become those of --target")
@@ -85,6 +85,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         p.error("--target is what --judge compares with, or whose statistics --checkpoint statistics takes")
     if args.match_statistics and (not args.target or args.cameras or not args.a2b):
         p.error("--checkpoint statistics takes those of --target, without --cameras and --a2b 0")
+    if args.images:
+        p.note("with --images", "data_dir", "source_set")
+    if not args.target or Path(args.target).is_dir():
+        p.note("without a described data set as --target", "data_dir_target")
+    if args.cpu:
+        p.note("with --cpu", "gpu")
     return args
 
 

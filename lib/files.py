@@ -52,21 +52,21 @@ def write_json(path: str | Path, value: object, advice: str = FREE_SPACE) -> Non
 def claim_folder(record: Path, facts: Mapping[str, object], files: Sequence[Path], overwrite: bool, run) -> None:
     """What different calls write must not mix: ``record`` says with which settings the files beside it were made.
 
-    facts: those of this call, for a JSON file. files: what it will write; where they are there with other facts they
-    are removed with ``overwrite``, and refused without. run: a lib.runtime.Run. Raises UserError.
+    facts: those of this call, for a JSON file. files: what it will write; with ``overwrite`` they are removed, without
+    they are refused where the facts were others. run: a lib.runtime.Run. Raises UserError.
     """
     facts = json.loads(json.dumps(facts))
     before = read_json(record) if record.exists() else None
     if before is not None and not isinstance(before, dict):
         raise UserError(f"{record} does not say what the pictures beside it are: choose another --out, or remove it")
-    there = [file for file in files if file.exists()] if before != facts else []
+    there = [file for file in files if file.exists()] if before != facts or overwrite else []
     if there and not overwrite:
         differs = [f"{key} was {before.get(key)}, is {value}" for key, value in facts.items()
                    if before.get(key) != value] if before else ["they were not written by this script"]
         raise UserError(f"{record.parent} holds pictures of the same names, {there[0]} among them: "
                         f"{'; '.join(differs)}. Choose another --out, or replace them with --overwrite")
     run.barrier()
-    if run.is_main and before != facts:
+    if run.is_main and (before != facts or overwrite):
         for file in there:
             file.unlink()
         write_json(record, facts, "Choose another --out")

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from lib.datasets.description import load_description
+from lib.datasets.description import Domain, load_description
 from lib.errors import UserError
 from lib.metrics import confusion_matrix, iou_dict, iou_table, mean_iou, per_class_iou, restrict
 
@@ -294,7 +294,8 @@ def test_the_original_devkit_folder(tmp_path, pairs):
     listed = run(tmp_path / "gtFine/val", tmp_path / "pred", "--list", kit / "val.txt")
     done = run(tmp_path / "gtFine/val", tmp_path / "pred", "--devkit_dir", kit)
     assert done.returncode == 0 and done.stdout == listed.stdout and done.stdout.endswith("2 images\n")
-    assert "--devkit_dir takes the place" in refused(tmp_path, tmp_path / "pred", "--devkit_dir", kit, "--data", "gta5")
+    message = refused(tmp_path, tmp_path / "pred", "--devkit_dir", kit, "--data", "gta5")
+    assert "--devkit_dir takes the place" in message and message.count("\n") == 1
     again = run(tmp_path / "gtFine/val", tmp_path / "pred", "--devkit_dir", kit, "--predicted", "19")
     assert again.stdout == done.stdout
     for index in (100000, -1, 19):
@@ -324,6 +325,26 @@ def test_a_set_that_is_a_list(tmp_path):
     (tmp_path / "lists/day_test.txt").write_text("a.jpg\nd.jpg\n")
     message = refused(tmp_path, tmp_path / "pred", "--data", "camvid", "--set", "day_test")
     assert "1 of 2 images have no label" in message and "d.jpg" in message
+
+
+@pytest.mark.parametrize("data, known", [("camvid", "day_test, day_train, dusk_test, dusk_train"), ("gta5", "train")])
+def test_a_list_does_not_make_a_set(tmp_path, data, known):
+    """Where folders tell no sets apart, a name with a list is one of the description's, or one that has a list."""
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/day_test.txt").write_text("a.jpg\n")
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a.jpg\n" if data == "camvid" else "a.png\n")
+    for folder in ("labels", "pred", "images"):
+        save(np.zeros((4, 4)), tmp_path / folder / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "images/a.jpg")
+    for name in known.split(", "):
+        assert len(Domain.open(data, tmp_path, name, mine).list_images()) == 1
+    with pytest.raises(UserError, match=f"'{data}' has no set 'nosuchset' .it has: {known}.$"):
+        Domain.open(data, tmp_path, "nosuchset", mine).list_images()
+    if data == "camvid":
+        arguments = (tmp_path, tmp_path / "pred", "--data", data, "--list", mine, "--set")
+        assert run(*arguments, "day_test").stdout.endswith("1 images\n")
+        assert f"has no set 'nosuchset' (it has: {known})" in refused(*arguments, "nosuchset")
 
 
 def test_labels_must_not_share_a_prediction(tmp_path):

@@ -231,6 +231,16 @@ def half_a_network(place):
     return ["--restore-from", "less.pth"], ["less.pth does not fill the network", "layer5"]
 
 
+def associations_of_an_fcn(place):
+    checkpoint.save_weights(FCN8s(14, width=0.03125), place / "fcn.pth", {"width": 0.03125})
+    return ["--restore-from", "fcn.pth", "--aggregate"], ["--arch, --aspp and --aggregate are of DeepLab networks"]
+
+
+def arch_of_a_vgg(place):
+    torch.save(build("DeeplabVGG", 14, "vgg16").state_dict(), place / "vgg.pth")
+    return ["--restore-from", "vgg.pth", "--arch", "resnet18"], ["--arch resnet18: ", "DeeplabVGG"]
+
+
 def fcn_called_deeplab(place):
     checkpoint.save_weights(FCN8s(14, width=0.03125), place / "fcn.pth", {"width": 0.03125})
     return ["--restore-from", "fcn.pth", "--model", "Deeplab"], ["Deeplab on vgg16 is not a network that is used here"]
@@ -266,6 +276,9 @@ BAD = {
     "spoilt weights": weights_of_nan,
     "another model": lambda place: (["--model", "DeeplabVGG"], ["of the backbone", "--model"]),
     "FCN-8s called a DeepLab": fcn_called_deeplab,
+    "associations of an FCN-8s": associations_of_an_fcn,
+    "a backbone for VGG-16": arch_of_a_vgg,
+    "a set for statistics of the file": lambda place: (["--bn-set", "val"], ["--bn-set has no effect without"]),
     "other classes": lambda place: (["--num-classes", "19"], ["has 14 classes"]),
     "no data": lambda place: (["--data-dir", "nowhere"], ["nowhere: no such folder"]),
     "no such set": lambda place: ([*on_demo(place), "--set", "test"], ["no image of the set 'test'"]),
@@ -296,3 +309,12 @@ def test_bad_input_is_one_message(place, case):
         assert "\n" not in text
     for fact in facts:
         assert fact in text, text
+
+
+@pytest.mark.parametrize("beside, more", [
+    (["--images", "i"], ["--bn-set", "s"]), (["--bn-stats", "running"], ["--bn-set", "s"]),
+    (["--save", "none"], ["--overlay"]), (["--save", "none"], ["--panels"]), (["--save", "none"], ["--label-ids"]),
+    (["--cpu"], ["--gpu", "0"])])
+def test_flags_without_effect_are_named(beside, more, capsys):
+    script.parse_args(["--restore-from", "f", *beside, *more])
+    assert f"note: {more[0]} has no effect with {beside[0]}" in capsys.readouterr().err

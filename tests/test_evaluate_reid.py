@@ -188,3 +188,13 @@ def test_flags_that_exclude_each_other(capsys):
         with pytest.raises(SystemExit) as stop:
             script.parse_args(argv)
         assert stop.value.code == 2 and capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beside, more, when", [
+    (["--features", "f"], ["--data-dir", "d", "--height", "8", "--pixels", "caffe", "-b", "2"], "with --features"),
+    (["--restore-from", "f"], ["--k1", "3", "--k2", "3", "--lambda", "0.1", "--rerank-power", "2"], "without --rerank"),
+    (["--restore-from", "f"], ["--save", "x"], "without --save-ranks"),
+    (["--restore-from", "f", "--cpu"], ["--gpu", "0"], "with --cpu")])
+def test_flags_without_effect_are_named(beside, more, when, capsys):
+    script.parse_args([*beside, *more])
+    assert capsys.readouterr().err.count(f"has no effect {when}") == len(more) // 2

@@ -139,6 +139,18 @@ def test_resume(photos, files, tmp_path, monkeypatch):
     script.main([*argv, str(mine), "--overwrite"])
     assert (mine / "3.png").read_bytes() == (tmp_path / "whole/3.png").read_bytes()
     assert (mine / "other.png").read_bytes() == (photos / "3.png").read_bytes()
+    shutil.copy(photos / "3.png", mine / "3.png")
+    script.main([*argv, str(mine)])
+    assert (mine / "3.png").read_bytes() == (photos / "3.png").read_bytes()  # it exists: nothing to do
+    script.main([*argv, str(mine), "--overwrite"])
+    assert (mine / "3.png").read_bytes() == (tmp_path / "whole/3.png").read_bytes()
+
+
+@pytest.mark.parametrize("more", [["--data-dir", "d"], ["--source-set", "s"], ["--data-dir-target", "d"],
+                                  ["--cpu", "--gpu", "0"]])
+def test_flags_without_effect_are_named(more, capsys):
+    script.parse_args(["--checkpoint", "c", "--images", "i", "--out", "o", *more])
+    assert f"note: {more[-2]} has no effect with" in capsys.readouterr().err
 
 
 def test_two_processes_write_the_files_of_one(photos, files, tmp_path):

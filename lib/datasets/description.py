@@ -235,6 +235,18 @@ class MissingSet(UserError):
     """A set of a data set is not on disk: its folder, its list, or every image of it."""
 
 
+def require_set(d: Description, root: Path, set_: str) -> None:
+    """Raises MissingSet where neither folders, nor the description's sets, nor a list below ``root`` know ``set_``."""
+    if "{set}" in d.images + (d.labels or ""):
+        return
+    known = set(d.sets.values())
+    if d.list and "{set}" in d.list:
+        paths = glob.iglob(pattern_glob(d.list.replace("{set}", "{any}"), ""), root_dir=root)
+        known |= {match["set"] for match in map(pattern_regex(d.list).fullmatch, paths) if match}
+    if set_ not in known:
+        raise MissingSet(f"'{d.name}' has no set '{shorten(set_)}' (it has: {', '.join(sorted(known))})")
+
+
 @dataclass(frozen=True)
 class Domain:
     """The images of one domain: a data set, the folder where it lies, one of its sets and, if given, a list of images.
@@ -302,6 +314,7 @@ class Domain:
             raise MissingSet(f"'{d.name}' has no set '{shorten(self.set)}' (it has: "
                              f"{', '.join(sorted(set(d.sets.values())))}); give a list file to choose images")
         if list_file is not None:
+            require_set(d, self.root, self.set)
             start = re.split(r"{(?!set})", d.images)[0].replace("{set}", self.set)
             return listed_pictures(list_file, [self.root / start[:start.rfind("/") + 1], self.root])
         pattern = pattern_glob(d.images, self.set)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from lib.datasets.description import Description, pattern_glob, pattern_regex
+from lib.datasets.description import Description, pattern_glob, pattern_regex, require_set
 from lib.errors import UserError, listed, shorten
 from lib.files import read_json, read_lines
 
@@ -28,8 +28,10 @@ def find_pairs(d: Description, gt_dir: Path, pred_dir: Path, set_: str | None, l
             raise UserError(f"{shorten(folder)}: no such folder")
     wanted = set_ or d.sets["val"]
     labels, tail, depth = _find_labels(d, gt_dir, wanted)
+    root = [gt_dir.absolute(), *gt_dir.absolute().parents][depth]
+    if set_ and d.list:
+        require_set(d, root, set_)
     if list_file is None and d.list:
-        root = [gt_dir.absolute(), *gt_dir.absolute().parents][depth]
         list_file = root / d.list.format(set=wanted)
         list_file = list_file if os.path.isfile(list_file) else None
     if set_ and "{set}" not in tail and not (list_file and d.list):
