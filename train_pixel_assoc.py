@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.source_only:
         p.note("with --source-only", "lambda_asso", "lambda_lsr", "lsr_threshold", "association")
     if args.input_size:
-        p.refuse("with images of a fixed size (--input-size, --demo)", "resize_short", "crop_size")
+        p.note("with images of a fixed size (--input-size, --demo)", "resize_short", "crop_size")
     if "num_steps" not in p.given and "epochs" in p.given:
         args.num_steps = None  # the demo's default
     if args.num_steps:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -99,7 +98,7 @@ class Parser(argparse.ArgumentParser):
     def note(self, when: str, *names: str) -> None:
         """Say the same and go on: for flags of a release, which stand in its users' scripts whatever the mode."""
         for message in self._without_effect(when, names):
-            print(f"{self.prog}: note: {message}", file=sys.stderr)
+            print(f"{self.prog}: note: {message}")
 
     def _without_effect(self, when: str, names: Sequence[str]) -> list[str]:
         return [f"{max(action.option_strings, key=len)} has no effect {when}" for action in self._actions

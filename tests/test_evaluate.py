@@ -317,4 +317,4 @@ def test_bad_input_is_one_message(place, case):
     (["--cpu"], ["--gpu", "0"])])
 def test_flags_without_effect_are_named(beside, more, capsys):
     script.parse_args(["--restore-from", "f", *beside, *more])
-    assert f"note: {more[0]} has no effect with {beside[0]}" in capsys.readouterr().err
+    assert f"note: {more[0]} has no effect with {beside[0]}" in capsys.readouterr().out

@@ -197,4 +197,4 @@ def test_flags_that_exclude_each_other(capsys):
     (["--restore-from", "f", "--cpu"], ["--gpu", "0"], "with --cpu")])
 def test_flags_without_effect_are_named(beside, more, when, capsys):
     script.parse_args([*beside, *more])
-    assert capsys.readouterr().err.count(f"has no effect {when}") == len(more) // 2
+    assert capsys.readouterr().out.count(f"has no effect {when}") == len(more) // 2

@@ -54,7 +54,8 @@ def test_runs(argv, message, leaves, capsys):
     flags.add_run(p)
     with pytest.raises(SystemExit) if leaves else nullcontext():
         flags.parse(p, argv, {})
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in (said.err if leaves else said.out)
 
 
 def test_a_folder_for_tensorboard_switches_it_on():

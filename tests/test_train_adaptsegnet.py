@@ -282,7 +282,7 @@ def test_flags_that_contradict_each_other(flags, words, capsys):
 ])
 def test_flags_without_effect_are_named(flags, words, capsys):
     script.parse_args(flags)
-    assert words in capsys.readouterr().err
+    assert words in capsys.readouterr().out
 
 
 def test_what_is_not_refused():

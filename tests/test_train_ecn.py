@@ -295,7 +295,7 @@ OF_ECN = "--inv-alpha 0.1 --inv-beta 0.1 --knn 3 --neighbour-epoch 3 --lmd 0.1 -
     ("--num-steps 5", "--epochs 5"), ("--steps-decay 5", "--epochs-decay 5")])
 def test_flags_without_effect_are_named(command, more, capsys):
     script.parse_args([*command.split(), *more.split()])
-    notes = capsys.readouterr().err
+    notes = capsys.readouterr().out
     assert notes.count(f"has no effect with {command.removesuffix(' 5')}") == more.count("--")
 
 

@@ -461,7 +461,7 @@ def test_flags_that_make_no_sense(flags, capsys):
 ])
 def test_flags_without_effect_are_named(flags, words, capsys):
     script.parse_args(flags)
-    assert words in capsys.readouterr().err
+    assert words in capsys.readouterr().out
 
 
 def test_help_has_one_default_for_the_evaluations(capsys):

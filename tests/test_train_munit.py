@@ -376,7 +376,7 @@ def test_bad_flags(flag, complaint, capsys):
     (["--ops", "reference"], "--ops has no effect without --demo")])
 def test_flags_without_effect_are_named(flag, note, capsys):
     script.parse_args(flag)
-    assert note in capsys.readouterr().err
+    assert note in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ def test_flags_that_would_not_act(argv):
     ("--cameras market --resume", "--epoch 5")])
 def test_flags_without_effect_are_named(beside, idle, capsys):
     script.parse_args([*beside.split(), *idle.split()])
-    assert f"{idle.split()[0]} has no effect with" in capsys.readouterr().err
+    assert f"{idle.split()[0]} has no effect with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("argv", "expected"), [

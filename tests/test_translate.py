@@ -150,7 +150,7 @@ def test_resume(photos, files, tmp_path, monkeypatch):
                                   ["--cpu", "--gpu", "0"]])
 def test_flags_without_effect_are_named(more, capsys):
     script.parse_args(["--checkpoint", "c", "--images", "i", "--out", "o", *more])
-    assert f"note: {more[-2]} has no effect with" in capsys.readouterr().err
+    assert f"note: {more[-2]} has no effect with" in capsys.readouterr().out
 
 
 def test_two_processes_write_the_files_of_one(photos, files, tmp_path):
