@@ -110,10 +110,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--score-flipping", action=argparse.BooleanOptionalAction, default=True,
                       help="average with the mirrored image for scores")
     flags.add_optimisation(p, sgd=True, unit="images")
-    p.conflict_handler = "resolve"  # --save-pred-every means something else here
-    out = flags.add_run(p, aliases={"--snapshot-dir": "--save"}, evaluations=False)
-    out.add_argument("--save-pred-every", type=flags.count,
-                     help="images of a pass, or iterations of training, between saves of what --resume needs")
+    out = flags.add_run(p, aliases={"--snapshot-dir": "--save"}, evaluations=False,
+                        save="images of a pass, or iterations of training, between saves of what --resume needs")
     out.add_argument("--save-color", action="store_true", help="also pseudo_labels_color: every label in colours")
     out.add_argument("--cache-mb", type=flags.natural, default=64,
                      help="memory for logits between the passes over the target")

@@ -103,9 +103,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--weight_decay", "--weight-decay", type=flags.amount, default=0.0, help="of F and C")
     opt.add_argument("--lr-epochs", type=flags.natural, default=8,
                      help="passes over the source after which --lr falls to a tenth, again and again; 0: never")
-    run = flags.add_run(p, aliases={"--snapshot-dir": "--logdir"}, resume_file=True, evaluations=False)
-    run.add_argument("--eval-every", "--interval_validate", type=flags.count, default=500,
-                     help="iterations between evaluations")
+    flags.add_run(p, aliases={"--snapshot-dir": "--logdir", "--eval-every": "--interval_validate"}, resume_file=True,
+                  evaluate="iterations between evaluations")
+    p.set_defaults(eval_every=500)
     args = flags.parse(p, argv, DEMO)
     if args.method == "sourceonly":
         p.note("with --method sourceonly", "l1_weight", "adv_weight", "c_weight", "order", "low_memory", "lr_g", "lr_d",

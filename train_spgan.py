@@ -116,7 +116,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     opt.add_argument("--n_epochs_decay", type=flags.natural, help="linearly to 0 (100; SPGAN 0)")
     opt.add_argument("--max-gradient", type=flags.positive, default=1e6, help="steps with a larger norm are skipped")
     opt.add_argument("--epoch_count", type=flags.count, default=1, help="the first epoch, of weights that are read")
-    out = flags.add_run(p, folder="CHECKPOINTS_DIR/NAME")
+    out = flags.add_run(p, folder="CHECKPOINTS_DIR/NAME",
+                        save="iterations between latest_net_*.pth and resume.pth (default: an epoch)",
+                        evaluate="iterations between pictures (default: --save_epoch_freq epochs)")
     out.add_argument("--checkpoints_dir", default="checkpoints", help="the run's folder is NAME in it")
     out.add_argument("--name", default="experiment_name")
     out.add_argument("--continue_train", dest="resume", action="store_true", help="the same as --resume")
@@ -124,10 +126,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     out.add_argument("--save_epoch_freq", type=flags.count, default=5, help="epochs between N_net_*.pth files")
     out.add_argument("--gpu_ids", type=int, help="number of the GPU; -1: CPU. Several GPUs: torchrun")
     p.set_defaults(save_pred_every=None)
-    texts = {"save_pred_every": "iterations between snapshots, latest_net_*.pth and resume.pth (default: an epoch)",
-             "eval_every": "iterations between pictures (default: --save_epoch_freq epochs)"}
-    for action in p._actions:
-        action.help = texts.get(action.dest, action.help)
     args = flags.parse(p, argv, DEMO)
     if args.model and args.method != "cyclegan":
         p.error(f"--model {args.model} is --method cyclegan")

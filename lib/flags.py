@@ -101,8 +101,11 @@ class Parser(argparse.ArgumentParser):
             print(f"{self.prog}: note: {message}")
 
     def _without_effect(self, when: str, names: Sequence[str]) -> list[str]:
-        return [f"{max(action.option_strings, key=len)} has no effect {when}" for action in self._actions
-                if action.dest in names and action.dest in self.given]
+        flags = {}  # by destination: its first flag
+        for action in self._actions:
+            if action.dest in names and action.dest in self.given:
+                flags.setdefault(action.dest, next(flag for flag in action.option_strings if flag.startswith("--")))
+        return [f"{flag} has no effect {when}" for flag in flags.values()]
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")  # without a page of usage before it
@@ -318,9 +321,11 @@ def add_optimisation(p: argparse.ArgumentParser, sgd: bool = False, unit: str = 
 
 def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None,
             resume_file: bool = False, evaluations: bool = True,
-            folder: str = "named after the method and the data") -> argparse._ArgumentGroup:
+            folder: str = "named after the method and the data", save: str = "iterations between snapshots",
+            evaluate: str = "iterations between evaluations (default: as snapshots)") -> argparse._ArgumentGroup:
     """aliases: second names for flags, from a release. resume_file: --resume may name a file. evaluations: the run is
-    scored every --eval-every iterations. folder: what the help says of --snapshot-dir's default.
+    scored every --eval-every iterations. What the help says: folder of --snapshot-dir's default, save of
+    --save-pred-every, evaluate of --eval-every.
     """
     group = p.add_argument_group("run")
     names = {flag: [flag, *([aliases[flag]] if aliases and flag in aliases else [])]
@@ -334,10 +339,9 @@ def add_run(p: argparse.ArgumentParser, aliases: Mapping[str, str] | None = None
     else:
         group.add_argument("--resume", action="store_true", help="go on from the snapshot folder's resume.pth")
     group.add_argument("--overwrite", action="store_true", help="replace an earlier run in the snapshot folder")
-    group.add_argument("--save-pred-every", type=count, default=5000, help="iterations between snapshots")
+    group.add_argument("--save-pred-every", type=count, default=5000, help=save)
     if evaluations:
-        group.add_argument(*names["--eval-every"], type=count,
-                           help="iterations between evaluations (default: as snapshots)")
+        group.add_argument(*names["--eval-every"], type=count, help=evaluate)
     group.add_argument("--save-num-images", type=up_to(1000, 0), default=2, help="pictures at each evaluation")
     group.add_argument("--log-every", type=count, default=10, help="iterations between log lines")
     group.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too")

@@ -31,7 +31,7 @@ def test_a_flag_without_effect_is_one_line(capsys):
     with pytest.raises(SystemExit) as left:
         p.refuse("with --off", "plain", "texted")
     message = capsys.readouterr().err
-    assert left.value.code == 2 and message.count("\n") == 1 and "--texted_too has no effect with --off" in message
+    assert left.value.code == 2 and message.count("\n") == 1 and "--texted has no effect with --off" in message
 
 
 def test_help_shows_each_default_once():

@@ -272,7 +272,7 @@ def test_flags_that_contradict_each_other(flags, words, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     *(([*VGG, *more], f"{more[0]} has no effect with --model DeeplabVGG") for more in (
-        ["--arch", "resnet18"], ["--bn-affine", "train"], ["--no-is-training"])),
+        ["--arch", "resnet18"], ["--bn-affine", "train"], ["--is-training"])),
     ([*VGG, "--freeze-bn"], "has no effect with --model DeeplabVGG"),
     *((["--source-only", *more], f"{more[0]} has no effect with --source-only") for more in (
         ["--gan", "LS"], ["--adapt", "feature"], ["--lambda-adv-target2", "1"], ["--learning-rate-D", "1"])),
