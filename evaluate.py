@@ -144,11 +144,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.label_ids:
             make_folder(save / "labelIds", "Choose another --save")
 
-    fcn, vgg = known["model"] == "FCN8s", known["model"] == "DeeplabVGG"
-    backbone, aspp = "" if fcn or vgg else f" {known['arch']}", "" if fcn else f", ASPP {known['aspp']}"
+    aspp = "" if known["model"] == "FCN8s" else f", ASPP {known['aspp']}"
     runtime.header(run, {
         "kernels": ops.backend(),
-        "network": f"{known['model']}{backbone}, {len(classes)} classes{aspp}",
+        "network": f"{known['model']} {known['arch']}, {len(classes)} classes{aspp}",
         "weights": f"{args.restore_from}: {report}", "pixels": known["pixels"],
         "images": f"{len(images)} of {args.images or data.name} at "
                   f"{f'a height of {size} pixels' if isinstance(size, int) else size}, "
