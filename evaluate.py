@@ -73,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.images:
         p.note("with --images, whose own statistics are taken", "bn_set")
     elif args.bn_stats == "running":
-        p.note("with --bn-stats running", "bn_set")
+        p.refuse("with --bn-stats running", "bn_set")
     if args.save == "none":
         p.note("with --save none", "overlay", "panels", "label_ids")
     if args.cpu:

@@ -312,9 +312,15 @@ def test_bad_input_is_one_message(place, case):
 
 
 @pytest.mark.parametrize("beside, more", [
-    (["--images", "i"], ["--bn-set", "s"]), (["--bn-stats", "running"], ["--bn-set", "s"]),
+    (["--images", "i"], ["--bn-set", "s"]),
     (["--save", "none"], ["--overlay"]), (["--save", "none"], ["--panels"]), (["--save", "none"], ["--label-ids"]),
     (["--cpu"], ["--gpu", "0"])])
 def test_flags_without_effect_are_named(beside, more, capsys):
     script.parse_args(["--restore-from", "f", *beside, *more])
     assert f"note: {more[0]} has no effect with {beside[0]}" in capsys.readouterr().out
+
+
+def test_a_set_for_statistics_of_the_checkpoint(capsys):
+    with pytest.raises(SystemExit) as left:
+        script.parse_args(["--restore-from", "f", "--bn-stats", "running", "--bn-set", "s"])
+    assert left.value.code == 2 and "--bn-set has no effect with --bn-stats running" in capsys.readouterr().err
